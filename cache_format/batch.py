@@ -1,0 +1,40 @@
+"""DFlashTargetBatch: what a DFlash trainer gets for one step, online from the target or offline from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class DFlashTargetBatch:
+    """One training batch: B samples, right-padded to S tokens; L captured layers of hidden size H, side by side.
+
+    The first four fields have the names and the order of NeMo AutoModel's class, so a trainer takes either.
+    """
+
+    hidden_states: Tensor
+    """``[B, S, L*H]``, stored dtype: captured layers concatenated in the order of ``target_layer_ids``, not shifted"""
+    input_ids: Tensor
+    """``[B, S]`` int64"""
+    attention_mask: Tensor
+    """``[B, S]`` int64: 1 on real tokens, 0 on padding"""
+    loss_mask: Tensor
+    """``[B, S]`` int64: 1 where the draft is trained on the token"""
+    logits: Tensor | None = None
+    """``[B, S, V]``: the target's logits, where they were asked for (``capture_logits=True``)"""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> DFlashTargetBatch:
+        """A batch with every tensor on ``device``; the same tensors where they are there already."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> DFlashTargetBatch:
+        """A batch in page-locked host memory, from which copies to a CUDA device are asynchronous."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> DFlashTargetBatch:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return type(self)(**{name: None if value is None else function(value) for name, value in values.items()})

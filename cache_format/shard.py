@@ -1,0 +1,278 @@
+"""One shard: flat, unpadded tensors over its samples in one safetensors file. Layout, filling, reading.
+
+The head comes first (cu_seqlens, sample_ids, sample_checksums: 8-byte elements), then the tensors with one row a token,
+those whose rows keep the widest alignment first: the codec's tensors (hidden_states on a page), input_ids, the masks.
+Everything but the checksums follows from the plan, so a header can be compared byte for byte.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from cache_format.codec import Codec, TokenTensor
+from cache_format.errors import CacheError, StorageError
+from cache_format.safetensors_file import DTYPES, Container, TensorPlace, plan_container, read_container
+from cache_format.storage import committed, write_all
+
+FORMAT_NAME = "dflash-cache"
+FORMAT_VERSION = 1
+HEAD = (("cu_seqlens", "I64"), ("sample_ids", "I64"), ("sample_checksums", "U64"))
+READ_CHUNK_BYTES = 4 << 20
+
+
+def shard_name(number: int) -> str:
+    """File of shard ``number`` below the cache, with ``/`` between folder and name."""
+    return f"shards/shard-{number:05d}.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSchema:
+    """What every shard of one cache has in common."""
+
+    fingerprint: str
+    """the cache's fingerprint; a shard of another cache is told by it"""
+    codec: Codec
+    dtype: torch.dtype
+    """stored dtype of hidden_states before the codec"""
+    width: int
+    """``L*H``: captured layers times hidden size"""
+
+    @cached_property
+    def token_tensors(self) -> tuple[TokenTensor, ...]:
+        """The tensors with a row for each token, in file order."""
+        tensors = [
+            *self.codec.tensors(self.dtype, self.width),
+            TokenTensor("input_ids", "I32"),
+            TokenTensor("attention_mask", "U8"),
+            TokenTensor("loss_mask", "U8"),
+        ]
+        return tuple(sorted(tensors, key=lambda tensor: -math.gcd(tensor.row_bytes, 8)))
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes stored for each token."""
+        return sum(tensor.row_bytes for tensor in self.token_tensors)
+
+    def metadata(self, number: int) -> dict[str, str]:
+        """``__metadata__`` of shard ``number``."""
+        return {
+            "format": FORMAT_NAME,
+            "format_version": str(FORMAT_VERSION),
+            "fingerprint": self.fingerprint,
+            "shard": str(number),
+        }
+
+    def layout(self, number: int, num_samples: int, num_tokens: int) -> Container:
+        """Header and places of shard ``number``; a pure function."""
+        sizes = {"cu_seqlens": num_samples + 1, "sample_ids": num_samples, "sample_checksums": num_samples}
+        head = [(name, dtype, (sizes[name],)) for name, dtype in HEAD]
+        rows = [(tensor.name, tensor.dtype, tensor.shape(num_tokens)) for tensor in self.token_tensors]
+        return plan_container(head + rows, self.metadata(number), page_aligned="hidden_states")
+
+
+class ShardBuffer:
+    """Host memory that holds one shard while it is filled in place; used again for shard after shard."""
+
+    def __init__(self, capacity: int, pin_memory: bool = False):
+        """``capacity`` bytes: the largest shard of the plan. ``pin_memory`` makes copies from CUDA asynchronous."""
+        self._memory = torch.empty(capacity, dtype=torch.uint8, pin_memory=pin_memory)
+        self.container: Container | None = None
+
+    def begin(self, schema: ShardSchema, number: int, sample_ids: Sequence[int] | np.ndarray, num_tokens: np.ndarray) -> None:
+        """Lay out shard ``number`` for samples of ``num_tokens`` tokens each, and fill in all but their rows."""
+        self.schema, self.number = schema, number
+        self.cu_seqlens = np.concatenate([[0], np.cumsum(num_tokens)]).astype(np.int64)
+        self.container = schema.layout(number, len(num_tokens), int(self.cu_seqlens[-1]))
+        self._bytes(0, len(self.container.header))[:] = np.frombuffer(self.container.header, np.uint8)
+        self.tensor("cu_seqlens").numpy()[:] = self.cu_seqlens
+        self.tensor("sample_ids").numpy()[:] = np.asarray(sample_ids, np.int64)
+        self.tensor("attention_mask").fill_(1)
+
+    def tensor(self, name: str) -> Tensor:
+        """The named tensor of the shard being filled, in place."""
+        assert self.container is not None
+        place = self.container.places[name]
+        return self._memory[place.start : place.stop].view(DTYPES[place.dtype]).view(place.shape)
+
+    def commit(self, path: Path) -> int:
+        """Checksum every sample, write the file and commit it; returns its size in bytes.
+
+        Raises:
+            StorageError: the operating system refused; nothing is left under the final name.
+        """
+        assert self.container is not None
+        ids = self.tensor("sample_ids").numpy()
+        views = [self._rows(self.container.places[t.name]) for t in self.schema.token_tensors]
+        checksums = self.tensor("sample_checksums").numpy()
+        for i, (start, stop) in enumerate(zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)):
+            hasher = sample_hasher(int(ids[i]))
+            for rows in views:
+                hasher.update(rows[start:stop])
+            checksums[i] = hasher.intdigest()
+        with committed(path) as file:
+            write_all(file, self._bytes(0, self.container.num_bytes).data)
+        return self.container.num_bytes
+
+    def _bytes(self, start: int, stop: int) -> np.ndarray:
+        return self._memory[start:stop].numpy()
+
+    def _rows(self, place: TensorPlace) -> np.ndarray:
+        return self._bytes(place.start, place.stop).reshape(place.shape[0], -1)
+
+
+def sample_hasher(sample_id: int) -> xxhash.xxh3_64:
+    """Start of a sample's checksum: xxh3_64 over sample_id (int64), then its stored rows, tensor by tensor in file order."""
+    return xxhash.xxh3_64(np.int64(sample_id).astype("<i8").tobytes())
+
+
+class ShardFile:
+    """A shard opened for reading, its header and head checked; rows are read by offset, never the whole file.
+
+    Thread-safe: reads carry their own offsets. Close it, or use it as a context manager.
+    """
+
+    def __init__(self, path: Path, schema: ShardSchema, number: int):
+        """Open and check shard ``number``.
+
+        Raises:
+            CacheError: missing, damaged, or not this shard of this cache.
+        """
+        self.path, self.schema, self.number = path, schema, number
+        self._fd = open_for_reading(path)
+        try:
+            self.container = read_container(self._fd, path)
+            self._check_header()
+            self.cu_seqlens = self._array("cu_seqlens")
+            self.sample_ids = self._array("sample_ids")
+            self.sample_checksums = self._array("sample_checksums")
+            self._check_head()
+        except OSError as error:
+            self.close()
+            raise StorageError(path, "read", error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> ShardFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the file descriptor back. Closing twice is harmless."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the shard."""
+        return len(self.sample_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the shard."""
+        return int(self.cu_seqlens[-1])
+
+    def head_checksum(self) -> int:
+        """The shard's checksum: xxh3_64 over the file from its first byte to the end of sample_checksums.
+
+        It covers the header, lengths, ids and sample checksums; those cover every other byte of the file.
+        """
+        stop = self.container.places["sample_checksums"].stop
+        data = np.empty(stop, np.uint8)
+        self.read_into(0, data)
+        return xxhash.xxh3_64(data).intdigest()
+
+    def row_range(self, name: str, start: int, stop: int) -> tuple[int, int]:
+        """File offset and size in bytes of rows ``start`` to ``stop`` of a per-token tensor."""
+        place = self.container.places[name]
+        return place.start + start * place.row_bytes, (stop - start) * place.row_bytes
+
+    def read_into(self, offset: int, out: np.ndarray) -> None:
+        """Fill ``out`` (uint8, contiguous) with the file's bytes from ``offset``.
+
+        Raises:
+            CacheError: the file ended early.
+            StorageError: the operating system refused.
+        """
+        view = memoryview(out)
+        try:
+            while view:
+                count = os.preadv(self._fd, [view], offset)
+                if count == 0:
+                    raise CacheError(self.path, f"ends at byte {offset:,}; truncated since it was opened")
+                view, offset = view[count:], offset + count
+        except OSError as error:
+            raise StorageError(self.path, "read", error) from error
+
+    def computed_checksum(self, position: int) -> int:
+        """The checksum of the sample at ``position`` as its bytes are now; reads in chunks of 4 MiB."""
+        start, stop = int(self.cu_seqlens[position]), int(self.cu_seqlens[position + 1])
+        hasher = sample_hasher(int(self.sample_ids[position]))
+        for tensor in self.schema.token_tensors:
+            offset, size = self.row_range(tensor.name, start, stop)
+            for at in range(0, size, READ_CHUNK_BYTES):
+                chunk = np.empty(min(READ_CHUNK_BYTES, size - at), np.uint8)
+                self.read_into(offset + at, chunk)
+                hasher.update(chunk)
+        return hasher.intdigest()
+
+    def _array(self, name: str) -> np.ndarray:
+        place = self.container.places[name]
+        out = np.empty(place.num_bytes, np.uint8)
+        self.read_into(place.start, out)
+        return out.view({"I64": "<i8", "U64": "<u8"}[place.dtype])
+
+    def _check_header(self) -> None:
+        found, places = self.container.metadata, self.container.places
+        for key, value in self.schema.metadata(self.number).items():
+            if found.get(key) != value:
+                raise CacheError(self.path, f"{key} is {found.get(key)!r}, this cache's shard has {value!r} (swapped file?)")
+        ids, rows = places.get("sample_ids"), places.get("input_ids")
+        if ids is None or rows is None or not ids.shape or not rows.shape:
+            raise CacheError(self.path, "has no sample_ids or no input_ids")
+        if ids.shape[0] < 1:
+            raise CacheError(self.path, "holds no samples")
+        if self.container.header != self.schema.layout(self.number, ids.shape[0], rows.shape[0]).header:
+            raise CacheError(self.path, "header is not the one that the format lays down for its samples and tokens")
+
+    def _check_head(self) -> None:
+        rows = self.container.places["input_ids"].shape[0]
+        cu = self.cu_seqlens
+        if cu[0] != 0 or cu[-1] != rows or (np.diff(cu) < 1).any() or (cu < 0).any():
+            raise CacheError(self.path, f"cu_seqlens does not divide its {rows:,} tokens into samples")
+
+
+def open_for_reading(path: Path) -> int:
+    """A file descriptor of a regular file.
+
+    Raises:
+        CacheError: there is no such file, or it is a folder, device or pipe.
+        StorageError: the operating system refused.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if not os.path.isfile(path):
+            os.close(fd)
+            raise CacheError(path, "is not a regular file")
+    except (FileNotFoundError, NotADirectoryError):
+        raise CacheError(path, "is missing") from None
+    except OSError as error:
+        raise StorageError(path, "open", error) from error
+    return fd
