@@ -36,5 +36,5 @@ class DFlashTargetBatch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> DFlashTargetBatch:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return type(self)(**{name: None if value is None else function(value) for name, value in values.items()})
+        values = (getattr(self, field.name) for field in fields(self))
+        return type(self)(*(None if value is None else function(value) for value in values))

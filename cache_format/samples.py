@@ -47,8 +47,8 @@ class Sample:
     def digest(self) -> int:
         """xxh3_64 over ``T`` as int64, input_ids as int32, loss_mask as uint8, all little-endian (FORMAT.md)."""
         hasher = xxhash.xxh3_64(np.int64(len(self.input_ids)).astype("<i8").tobytes())
-        hasher.update(np.ascontiguousarray(self.input_ids, "<i4"))
-        hasher.update(np.ascontiguousarray(self.loss_mask, "u1"))
+        hasher.update(np.ascontiguousarray(self.input_ids, "<i4").data)
+        hasher.update(np.ascontiguousarray(self.loss_mask, "u1").data)
         return hasher.intdigest()
 
 
@@ -180,4 +180,4 @@ class PreparedSamples:
 
     def digest(self) -> str:
         """Order-sensitive digest of every sample: xxh3_128 (hex) over the samples' uint64 digests, little-endian."""
-        return xxhash.xxh3_128(self._column("digest", np.uint64).astype("<u8")).hexdigest()
+        return xxhash.xxh3_128(self._column("digest", np.uint64).astype("<u8").data).hexdigest()

@@ -88,7 +88,9 @@ class ShardBuffer:
         self._memory = torch.empty(capacity, dtype=torch.uint8, pin_memory=pin_memory)
         self.container: Container | None = None
 
-    def begin(self, schema: ShardSchema, number: int, sample_ids: Sequence[int] | np.ndarray, num_tokens: np.ndarray) -> None:
+    def begin(
+        self, schema: ShardSchema, number: int, sample_ids: Sequence[int] | np.ndarray, num_tokens: np.ndarray
+    ) -> None:
         """Lay out shard ``number`` for samples of ``num_tokens`` tokens each, and fill in all but their rows."""
         self.schema, self.number = schema, number
         self.cu_seqlens = np.concatenate([[0], np.cumsum(num_tokens)]).astype(np.int64)
@@ -243,12 +245,12 @@ class ShardFile:
         found, places = self.container.metadata, self.container.places
         for key, value in self.schema.metadata(self.number).items():
             if found.get(key) != value:
-                raise CacheError(self.path, f"{key} is {found.get(key)!r}, this cache's shard has {value!r} (swapped file?)")
+                raise CacheError(
+                    self.path, f"{key} is {found.get(key)!r}, this cache's shard has {value!r} (swapped file?)"
+                )
         ids, rows = places.get("sample_ids"), places.get("input_ids")
         if ids is None or rows is None or not ids.shape or not rows.shape:
             raise CacheError(self.path, "has no sample_ids or no input_ids")
-        if ids.shape[0] < 1:
-            raise CacheError(self.path, "holds no samples")
         if self.container.header != self.schema.layout(self.number, ids.shape[0], rows.shape[0]).header:
             raise CacheError(self.path, "header is not the one that the format lays down for its samples and tokens")
 

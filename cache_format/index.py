@@ -1,0 +1,183 @@
+"""index.arrow (one row a sample) and shards.arrow (one row a shard): Arrow IPC files, one record batch, uncompressed.
+
+Both can be rebuilt from the shards alone. index.arrow is memory-mapped, so opening it costs the same for any number of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from cache_format.errors import CacheError
+from cache_format.shard import ShardFile, ShardSchema, shard_name
+from cache_format.storage import committed
+
+INDEX_NAME = "index.arrow"
+SHARDS_NAME = "shards.arrow"
+_FINGERPRINT = b"dflash_cache.fingerprint"
+
+
+def _schema(**columns: pa.DataType) -> pa.Schema:
+    return pa.schema([pa.field(name, dtype, nullable=False) for name, dtype in columns.items()])
+
+
+INDEX_SCHEMA = _schema(
+    sample_id=pa.int64(),
+    shard=pa.int32(),
+    row_start=pa.int64(),
+    num_tokens=pa.int32(),
+    num_loss_tokens=pa.int32(),
+    checksum=pa.uint64(),
+)
+SHARDS_SCHEMA = _schema(file=pa.string(), samples=pa.int64(), tokens=pa.int64(), bytes=pa.int64(), checksum=pa.uint64())
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Where each stored sample lies; equal-length columns in ascending order of ``sample_id``."""
+
+    sample_id: np.ndarray
+    """int64: position among the prepared samples"""
+    shard: np.ndarray
+    """int32: shard number"""
+    row_start: np.ndarray
+    """int64: its first row in the shard's tensors"""
+    num_tokens: np.ndarray
+    """int32"""
+    num_loss_tokens: np.ndarray
+    """int32"""
+    checksum: np.ndarray
+    """uint64: see ``shard.sample_hasher``"""
+
+    def __len__(self) -> int:
+        return len(self.sample_id)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRow:
+    """One row of shards.arrow."""
+
+    file: str
+    """path below the cache"""
+    samples: int
+    tokens: int
+    bytes: int
+    """size of the file"""
+    checksum: int
+    """see ``ShardFile.head_checksum``"""
+
+
+def shard_rows(shard: ShardFile) -> tuple[ShardRow, Index]:
+    """What the tables say of one shard; ``num_loss_tokens`` is counted from its loss_mask."""
+    offset, size = shard.row_range("loss_mask", 0, shard.num_tokens)
+    mask = np.empty(size, np.uint8)
+    shard.read_into(offset, mask)
+    starts = shard.cu_seqlens[:-1]
+    loss = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
+    row = ShardRow(
+        shard_name(shard.number), shard.num_samples, shard.num_tokens, shard.container.num_bytes, shard.head_checksum()
+    )
+    return row, Index(
+        shard.sample_ids,
+        np.full(shard.num_samples, shard.number, np.int32),
+        starts,
+        np.diff(shard.cu_seqlens).astype(np.int32),
+        (loss[shard.cu_seqlens[1:]] - loss[starts]).astype(np.int32),
+        shard.sample_checksums,
+    )
+
+
+def tables_from_shards(cache: Path, schema: ShardSchema, numbers: Iterable[int]) -> tuple[list[ShardRow], Index]:
+    """Rebuild both tables from shard files; reads heads and loss masks, not hidden_states.
+
+    Raises:
+        CacheError: a shard is missing or damaged.
+    """
+    rows, indexes = [], []
+    for number in numbers:
+        with ShardFile(cache / shard_name(number), schema, number) as shard:
+            row, index = shard_rows(shard)
+        rows.append(row)
+        indexes.append(index)
+    columns = [
+        np.concatenate([np.empty(0, field.type.to_pandas_dtype()), *(getattr(i, field.name) for i in indexes)])
+        for field in INDEX_SCHEMA
+    ]
+    order = np.argsort(columns[0], kind="stable")
+    return rows, Index(*(column[order] for column in columns))
+
+
+def write_index(path: Path, index: Index, fingerprint: str) -> None:
+    """Commit index.arrow.
+
+    Raises:
+        StorageError: the operating system refused.
+    """
+    columns = [pa.array(getattr(index, field.name), field.type) for field in INDEX_SCHEMA]
+    _write(path, INDEX_SCHEMA, columns, fingerprint)
+
+
+def write_shards(path: Path, rows: list[ShardRow], fingerprint: str) -> None:
+    """Commit shards.arrow, one row a shard in the order of their numbers.
+
+    Raises:
+        StorageError: the operating system refused.
+    """
+    columns = [pa.array([getattr(row, field.name) for row in rows], field.type) for field in SHARDS_SCHEMA]
+    _write(path, SHARDS_SCHEMA, columns, fingerprint)
+
+
+def read_index(path: Path, fingerprint: str) -> Index:
+    """Map index.arrow into memory.
+
+    Raises:
+        CacheError: missing, damaged, or of another cache.
+    """
+    batch = _read(path, INDEX_SCHEMA, fingerprint)
+    return Index(*(batch.column(field.name).to_numpy(zero_copy_only=True) for field in INDEX_SCHEMA))
+
+
+def read_shards(path: Path, fingerprint: str) -> list[ShardRow]:
+    """Read shards.arrow.
+
+    Raises:
+        CacheError: missing, damaged, or of another cache.
+    """
+    batch = _read(path, SHARDS_SCHEMA, fingerprint)
+    try:
+        columns = [batch.column(field.name).to_pylist() for field in SHARDS_SCHEMA]
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise CacheError(path, f"is damaged: {error}") from None
+    rows = [ShardRow(*values) for values in zip(*columns, strict=True)]
+    for number, row in enumerate(rows):
+        if row.file != shard_name(number):
+            raise CacheError(path, f"row {number} names {row.file!r}, not {shard_name(number)!r}")
+    return rows
+
+
+def _write(path: Path, schema: pa.Schema, columns: list[pa.Array], fingerprint: str) -> None:
+    schema = schema.with_metadata({_FINGERPRINT: fingerprint.encode()})
+    with committed(path) as file, pa.ipc.new_file(file, schema) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=schema))
+
+
+def _read(path: Path, schema: pa.Schema, fingerprint: str) -> pa.RecordBatch:
+    if not path.is_file():
+        raise CacheError(path, "is missing")
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        if not reader.schema.equals(schema) or reader.num_record_batches != 1:
+            raise CacheError(path, f"is not a table of this format ({', '.join(schema.names)}; one record batch)")
+        if (reader.schema.metadata or {}).get(_FINGERPRINT) != fingerprint.encode():
+            raise CacheError(path, "belongs to another cache: its fingerprint differs from the manifest's")
+        batch = reader.get_batch(0)
+        batch.validate()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CacheError(path, f"is damaged: {error}") from None
+    if any(column.null_count for column in batch.columns):
+        raise CacheError(path, "is damaged: it has nulls")
+    return batch
