@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,4 +38,5 @@ class DFlashTargetBatch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> DFlashTargetBatch:
         values = (getattr(self, field.name) for field in fields(self))
-        return type(self)(*(None if value is None else function(value) for value in values))
+        moved: list[Any] = [None if value is None else function(value) for value in values]
+        return type(self)(*moved)

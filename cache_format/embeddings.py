@@ -24,7 +24,7 @@ class ScaledEmbedding(nn.Embedding):
     """An embedding whose output is multiplied by a constant in the weight's dtype, as Gemma's is."""
 
     def __init__(self, weight: Tensor, scale: float):
-        super().__init__(*weight.shape, _weight=weight)
+        super().__init__(weight.shape[0], weight.shape[1], _weight=weight)
         self.scale = scale
 
     def forward(self, input: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class ScaledEmbedding(nn.Embedding):
 
 
 def write_embeddings(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Commit the weights ``embed_tokens.weight [V, H]`` and, where given, ``lm_head.weight [V, H]``, ``lm_head.bias [V]``.
+    """Commit ``embed_tokens.weight [V, H]`` and, where given, ``lm_head.weight [V, H]`` and ``lm_head.bias [V]``.
 
     Raises:
         StorageError: the operating system refused.

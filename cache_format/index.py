@@ -1,6 +1,7 @@
 """index.arrow (one row a sample) and shards.arrow (one row a shard): Arrow IPC files, one record batch, uncompressed.
 
-Both can be rebuilt from the shards alone. index.arrow is memory-mapped, so opening it costs the same for any number of samples.
+Both can be rebuilt from the shards alone. index.arrow is memory-mapped: opening it costs the same for any number of
+samples.
 """
 
 from __future__ import annotations

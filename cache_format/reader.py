@@ -142,7 +142,7 @@ class FeatureCache(Dataset):
             loss_mask=stored["loss_mask"].to(torch.int64).unsqueeze(0),
         )
 
-    def batch(self, indices: Sequence[int]) -> DFlashTargetBatch:
+    def batch(self, indices: Sequence[int] | np.ndarray) -> DFlashTargetBatch:
         """Samples ``indices`` as one batch, right-padded with zeros to the longest; masks are 0 on padding.
 
         The batch is the caller's own memory.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,16 +87,14 @@ class ShardBuffer:
         self._memory = torch.empty(capacity, dtype=torch.uint8, pin_memory=pin_memory)
         self.container: Container | None = None
 
-    def begin(
-        self, schema: ShardSchema, number: int, sample_ids: Sequence[int] | np.ndarray, num_tokens: np.ndarray
-    ) -> None:
+    def begin(self, schema: ShardSchema, number: int, sample_ids: np.ndarray, num_tokens: np.ndarray) -> None:
         """Lay out shard ``number`` for samples of ``num_tokens`` tokens each, and fill in all but their rows."""
         self.schema, self.number = schema, number
         self.cu_seqlens = np.concatenate([[0], np.cumsum(num_tokens)]).astype(np.int64)
         self.container = schema.layout(number, len(num_tokens), int(self.cu_seqlens[-1]))
         self._bytes(0, len(self.container.header))[:] = np.frombuffer(self.container.header, np.uint8)
         self.tensor("cu_seqlens").numpy()[:] = self.cu_seqlens
-        self.tensor("sample_ids").numpy()[:] = np.asarray(sample_ids, np.int64)
+        self.tensor("sample_ids").numpy()[:] = sample_ids
         self.tensor("attention_mask").fill_(1)
 
     def tensor(self, name: str) -> Tensor:
@@ -119,7 +116,7 @@ class ShardBuffer:
         for i, (start, stop) in enumerate(zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)):
             hasher = sample_hasher(int(ids[i]))
             for rows in views:
-                hasher.update(rows[start:stop])
+                hasher.update(rows[start:stop].data)
             checksums[i] = hasher.intdigest()
         with committed(path) as file:
             write_all(file, self._bytes(0, self.container.num_bytes).data)
@@ -133,7 +130,7 @@ class ShardBuffer:
 
 
 def sample_hasher(sample_id: int) -> xxhash.xxh3_64:
-    """Start of a sample's checksum: xxh3_64 over sample_id (int64), then its stored rows, tensor by tensor in file order."""
+    """Start of a sample's checksum: xxh3_64 over sample_id (int64), then its stored rows, tensor by tensor."""
     return xxhash.xxh3_64(np.int64(sample_id).astype("<i8").tobytes())
 
 
@@ -199,7 +196,7 @@ class ShardFile:
         stop = self.container.places["sample_checksums"].stop
         data = np.empty(stop, np.uint8)
         self.read_into(0, data)
-        return xxhash.xxh3_64(data).intdigest()
+        return xxhash.xxh3_64(data.data).intdigest()
 
     def row_range(self, name: str, start: int, stop: int) -> tuple[int, int]:
         """File offset and size in bytes of rows ``start`` to ``stop`` of a per-token tensor."""
@@ -213,7 +210,7 @@ class ShardFile:
             CacheError: the file ended early.
             StorageError: the operating system refused.
         """
-        view = memoryview(out)
+        view = out.data
         try:
             while view:
                 count = os.preadv(self._fd, [view], offset)
@@ -232,7 +229,7 @@ class ShardFile:
             for at in range(0, size, READ_CHUNK_BYTES):
                 chunk = np.empty(min(READ_CHUNK_BYTES, size - at), np.uint8)
                 self.read_into(offset + at, chunk)
-                hasher.update(chunk)
+                hasher.update(chunk.data)
         return hasher.intdigest()
 
     def _array(self, name: str) -> np.ndarray:

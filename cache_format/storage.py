@@ -62,7 +62,7 @@ def committed(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary sibling of ``path`` for writing; on a clean exit it becomes ``path``, whole and durable.
 
     Raises:
-        StorageError: the operating system refused (disk full, no permission, vanished mount, ...). ``path`` is as before.
+        StorageError: the operating system refused (disk full, no permission, ...). ``path`` is as before.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:

@@ -1,0 +1,83 @@
+"""The options of an extraction: frozen, validated once, then passed along whole."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cache_format.errors import InputError
+from extractor.layer_ids import default_target_layer_ids
+from extractor.plan import PlanOptions
+from extractor.prepare import PrepareOptions
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """Which target, and how it runs."""
+
+    name: str
+    """hub id or local folder"""
+    revision: str | None = None
+    dtype: str = "auto"
+    """of the weights and of the stored hidden_states; auto: bfloat16 on CUDA, float32 on the CPU"""
+    device: str = "auto"
+    attn_implementation: str | None = None
+    """None: what transformers picks for the model (sdpa where it can)"""
+    trust_remote_code: bool = False
+    target_layer_ids: tuple[int, ...] | None = None
+    num_draft_layers: int = 5
+    """used where target_layer_ids is None: the published DFlash default for that many layers"""
+
+    def layer_ids(self, num_hidden_layers: int) -> list[int]:
+        """The layers to capture from a target of ``num_hidden_layers``.
+
+        Raises:
+            InputError: a layer that the target does not have, or one named twice.
+        """
+        if self.target_layer_ids is None:
+            return default_target_layer_ids(self.num_draft_layers, num_hidden_layers)
+        ids = list(self.target_layer_ids)
+        wrong = [i for i in ids if not 0 <= i < num_hidden_layers]
+        if wrong or not ids:
+            raise InputError(f"--target-layers {ids}: the target has layers 0..{num_hidden_layers - 1}")
+        if len(set(ids)) != len(ids):
+            raise InputError(f"--target-layers {ids}: a layer is named twice")
+        return ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Where the rows come from."""
+
+    name: str
+    """local .jsonl/.json/.parquet file or folder, saved dataset, or hub id"""
+    split: str | None = None
+    data_revision: str | None = None
+    streaming: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions:
+    """Everything ``dflash-cache extract`` was told."""
+
+    out: Path
+    target: TargetOptions
+    data: DataOptions
+    prepare: PrepareOptions = field(default_factory=PrepareOptions)
+    plan: PlanOptions = field(default_factory=PlanOptions)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``512MiB``, ``2GB``, ``1.5GiB``, ``1048576``.
+
+    Raises:
+        InputError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise InputError(f"{text!r} is not a size; write bytes or a unit, such as 512MiB or 2GB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -1,0 +1,90 @@
+"""Progress of long work: a live bar on a terminal, a plain line every few seconds elsewhere. Always to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+LINE_EVERY_SECONDS = 10.0
+
+
+class Reporter:
+    """Shows how far a piece of work is: ``update(done, note)`` as often as one likes, ``close()`` at its end."""
+
+    def __init__(self, title: str, total: int | None, unit: str):
+        """``total`` units of work, None where unknown."""
+        self.title, self.total, self.unit = title, total, unit
+        self.started = self._last = time.monotonic()
+        self._first: int | None = None
+        self._done, self._note = 0, ""
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(title, total=total, note="")
+            self._bar.start()
+
+    def update(self, done: int, note: str = "") -> None:
+        """``done`` units so far (those found done at the first call do not count for the speed)."""
+        if self._first is None:
+            self._first = done
+        self._done, self._note = done, note
+        now = time.monotonic()
+        if self._bar:
+            self._bar.update(self._task, completed=done, note=self._line())
+        elif now - self._last >= LINE_EVERY_SECONDS:
+            self._last = now
+            say(f"{self.title}: {self._line()}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar:
+            self._bar.stop()
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _line(self) -> str:
+        elapsed = max(time.monotonic() - self.started, 1e-9)
+        speed = (self._done - (self._first or 0)) / elapsed
+        parts = [f"{self._done:,}{f'/{self.total:,}' if self.total is not None else ''} {self.unit}"]
+        parts += [self._note] if self._note else []
+        if self.total and speed > 0:
+            parts.append(f"ETA {duration((self.total - self._done) / speed)}")
+        return ", ".join(parts)
+
+
+def say(text: str) -> None:
+    """One line for the person at the terminal or in the log."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """``3725`` -> ``1h02m05s``."""
+    whole = int(seconds + 0.5)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    if hours:
+        return f"{hours}h{minutes:02d}m{whole % 60:02d}s"
+    return f"{minutes}m{whole % 60:02d}s" if minutes else f"{whole}s"
+
+
+def size(num_bytes: float) -> str:
+    """``536870912`` -> ``512.0 MiB``."""
+    units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    power = 0
+    while abs(num_bytes) >= 1024 and power < len(units) - 1:
+        num_bytes, power = num_bytes / 1024, power + 1
+    return f"{num_bytes:,.0f} B" if power == 0 else f"{num_bytes:,.1f} {units[power]}"
