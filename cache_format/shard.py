@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cache_format.codec import Codec, TokenTensor
 from cache_format.errors import CacheError, StorageError
-from cache_format.safetensors_file import DTYPES, Container, TensorPlace, plan_container, read_container
+from cache_format.safetensors_file import DTYPES, PAGE, Container, TensorPlace, plan_container, read_container
 from cache_format.storage import committed, write_all
 
 FORMAT_NAME = "dflash-cache"
@@ -102,6 +102,17 @@ class ShardBuffer:
         assert self.container is not None
         place = self.container.places[name]
         return self._memory[place.start : place.stop].view(DTYPES[place.dtype]).view(place.shape)
+
+    def without(self, dropped: np.ndarray) -> ShardBuffer:
+        """A copy that leaves out the samples where bool ``dropped [n]`` is True."""
+        assert self.container is not None
+        lengths, kept = np.diff(self.cu_seqlens), ~dropped
+        copy = ShardBuffer(self.container.num_bytes + PAGE)
+        copy.begin(self.schema, self.number, self.tensor("sample_ids").numpy()[kept], lengths[kept])
+        rows = torch.from_numpy(np.repeat(kept, lengths))
+        for tensor in self.schema.token_tensors:
+            copy.tensor(tensor.name).copy_(self.tensor(tensor.name)[rows])
+        return copy
 
     def commit(self, path: Path) -> int:
         """Checksum every sample, write the file and commit it; returns its size in bytes.

@@ -57,6 +57,24 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def sync_tree(folder: Path) -> None:
+    """fsync every file and folder below ``folder``, for files that a library wrote by name.
+
+    Raises:
+        StorageError: the operating system refused.
+    """
+    try:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            else:
+                sync_folder(path)
+        sync_folder(folder)
+    except OSError as error:
+        raise StorageError(folder, "write", error) from error
+
+
 @contextmanager
 def committed(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary sibling of ``path`` for writing; on a clean exit it becomes ``path``, whole and durable.

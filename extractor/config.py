@@ -69,6 +69,12 @@ class ExtractOptions:
     data: DataOptions
     prepare: PrepareOptions = field(default_factory=PrepareOptions)
     plan: PlanOptions = field(default_factory=PlanOptions)
+    on_nonfinite: str = "fail"
+    """fail, or quarantine: leave samples with NaN or Inf out and list them"""
+
+    def __post_init__(self) -> None:
+        if self.on_nonfinite not in ("fail", "quarantine"):
+            raise InputError(f"--on-nonfinite {self.on_nonfinite!r}: choose fail or quarantine")
 
 
 def parse_size(text: str) -> int:

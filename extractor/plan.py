@@ -102,7 +102,7 @@ class Plan:
 
 
 def batches(num_tokens: np.ndarray, batch_tokens: int) -> Iterator[slice]:
-    """Cut samples sorted longest first into runs of at most ``batch_tokens`` padded tokens, at least one sample each."""
+    """Cut samples, longest first, into runs of at most ``batch_tokens`` padded tokens and at least one sample."""
     start = 0
     while start < len(num_tokens):
         count = max(1, batch_tokens // int(num_tokens[start]))

@@ -1,0 +1,267 @@
+"""verify: does a cache hold exactly what it says? Lists every problem it finds; a damaged file never stops it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from cache_format.errors import CacheError
+from cache_format.index import INDEX_NAME, SHARDS_NAME, Index, ShardRow, read_index, read_shards, shard_rows
+from cache_format.manifest import MANIFEST_NAME, Manifest, file_info
+from cache_format.samples import PreparedSamples, Sample
+from cache_format.shard import ShardFile, ShardSchema, shard_name
+from cache_format.storage import TEMPORARY_SUFFIX, inside
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong."""
+
+    file: str
+    """path below the cache"""
+    problem: str
+    shard: int | None = None
+    sample: int | None = None
+    """sample_id"""
+    field: str | None = None
+    """tensor, column or manifest field"""
+
+    def __str__(self) -> str:
+        places = [("shard", self.shard), ("sample", self.sample), ("field", self.field)]
+        where = ", ".join(f"{name} {value}" for name, value in places if value is not None)
+        return f"{self.file}{f' ({where})' if where else ''}: {self.problem}"
+
+
+@dataclass
+class VerifyReport:
+    """What was checked and what is wrong; ``whole`` is the answer."""
+
+    cache: str
+    depth: str
+    shards: int = 0
+    samples: int = 0
+    bytes: int = 0
+    """bytes of shards whose content was read and checked"""
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """True where nothing is wrong."""
+        return not self.problems
+
+
+def verify(
+    cache: Path, *, quick: bool = False, threads: int | None = None, progress: Callable[[int], None] = lambda done: None
+) -> VerifyReport:
+    """Check a cache.
+
+    ``quick`` checks the manifest, the tables, every shard's header, size and head, and that each sample is there
+    exactly once. Otherwise every byte is checked too: each sample's checksum, its tokens against the prepared
+    samples, and the checksum of every other file. Memory stays bounded: data is read in chunks of 4 MiB a thread.
+    ``progress`` is called with the bytes of shards checked so far.
+
+    Raises:
+        CacheError: ``cache`` is not a feature cache at all, so there is nothing to verify.
+    """
+    report = VerifyReport(str(cache), "quick" if quick else "full")
+    if not (cache / MANIFEST_NAME).is_file():
+        raise CacheError(cache, f"is not a feature cache: there is no {MANIFEST_NAME}")
+    try:
+        manifest = Manifest.read(cache)
+    except CacheError as error:
+        report.problems.append(Problem(file=MANIFEST_NAME, problem=error.problem))
+        return report
+    return _Verification(cache, manifest, quick, report).run(threads or os.cpu_count() or 1, progress)
+
+
+class _Verification:
+    def __init__(self, cache: Path, manifest: Manifest, quick: bool, report: VerifyReport):
+        self.cache, self.manifest, self.quick, self.report = cache, manifest, quick, report
+        self.index: Index | None = None
+        self.rows: list[ShardRow] | None = None
+        self.samples: PreparedSamples | None = None
+
+    def run(self, threads: int, progress: Callable[[int], None]) -> VerifyReport:
+        add = self.report.problems.extend
+        add(self._manifest_problems())
+        if self.manifest.totals is None:
+            return self.report
+        add(self._file_problems())
+        add(self._table_problems())
+        add(self._extra_files())
+        places = self._rows_by_shard()
+        schema = self.manifest.schema()
+        with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
+            jobs = [pool.submit(self._shard_problems, schema, number, place) for number, place in enumerate(places)]
+            for job in jobs:
+                problems, samples, size = job.result()
+                add(problems)
+                self.report.shards += 1
+                self.report.samples += samples
+                self.report.bytes += size
+                progress(self.report.bytes)
+        return self.report
+
+    def _manifest_problems(self) -> Iterator[Problem]:
+        if (self.cache / MANIFEST_NAME).read_bytes() != self.manifest.to_bytes():
+            yield Problem(file=MANIFEST_NAME, problem="is not written the way this format writes it; it was changed")
+        if self.manifest.state != "complete":
+            yield Problem(
+                file=MANIFEST_NAME,
+                field="state",
+                problem=f"is {self.manifest.state}, not complete; run the cache's `dflash-cache extract` command again",
+            )
+
+    def _file_problems(self) -> Iterator[Problem]:
+        for name, info in self.manifest.files.items():
+            try:
+                path = inside(self.cache, name)
+                if not path.is_file():
+                    yield Problem(file=name, problem="is missing")
+                elif path.stat().st_size != info.bytes:
+                    yield Problem(file=name, problem=f"has {path.stat().st_size:,} bytes, expected {info.bytes:,}")
+                elif not self.quick and file_info(path) != info:
+                    yield Problem(file=name, problem="does not match its checksum")
+            except CacheError as error:
+                yield Problem(file=name, problem=error.problem)
+
+    def _table_problems(self) -> Iterator[Problem]:
+        totals = self.manifest.totals
+        assert totals is not None
+        try:
+            self.samples = PreparedSamples(self.cache / "samples", totals.parts)
+            if len(self.samples) != totals.samples or self.samples.digest() != self.manifest.identity.get("samples"):
+                yield Problem(file="samples", problem="the prepared samples are not those of the manifest")
+        except CacheError as error:
+            yield self._problem(error)
+        if self.manifest.state != "complete":
+            return
+        try:
+            self.rows = read_shards(self.cache / SHARDS_NAME, self.manifest.fingerprint)
+            if len(self.rows) != totals.shards:
+                yield Problem(file=SHARDS_NAME, problem=f"lists {len(self.rows)} shards, the manifest {totals.shards}")
+        except CacheError as error:
+            yield self._problem(error)
+        try:
+            self.index = read_index(self.cache / INDEX_NAME, self.manifest.fingerprint)
+            yield from self._coverage(self.index, totals.samples)
+        except CacheError as error:
+            yield self._problem(error)
+
+    def _coverage(self, index: Index, num_samples: int) -> Iterator[Problem]:
+        """Every prepared sample that is not quarantined, exactly once, in order."""
+        expected = np.setdiff1d(np.arange(num_samples), np.asarray(self.manifest.quarantined, np.int64))
+        if np.array_equal(index.sample_id, expected):
+            return
+        ids, counts = np.unique(index.sample_id, return_counts=True)
+        kinds = {
+            "is not in the index": np.setdiff1d(expected, ids),
+            "is in the index but was not planned": np.setdiff1d(ids, expected),
+            "is in the index more than once": ids[counts > 1],
+        }
+        if not any(map(len, kinds.values())):
+            yield Problem(file=INDEX_NAME, field="sample_id", problem="samples are out of order")
+        for problem, samples in kinds.items():
+            yield from (Problem(file=INDEX_NAME, sample=int(i), field="sample_id", problem=problem) for i in samples)
+
+    def _extra_files(self) -> Iterator[Problem]:
+        totals = self.manifest.totals
+        assert totals is not None
+        planned = {shard_name(number).split("/")[1] for number in range(totals.shards)}
+        folder = self.cache / "shards"
+        found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        for name in sorted(found - planned):
+            if not name.endswith(TEMPORARY_SUFFIX):
+                yield Problem(file=f"shards/{name}", problem="is not a shard of this cache")
+
+    def _rows_by_shard(self) -> list[np.ndarray | None]:
+        """For each shard the positions of its samples in the index, in the order of its rows."""
+        totals = self.manifest.totals
+        assert totals is not None
+        if self.index is None:
+            return [None] * totals.shards
+        order = np.lexsort((self.index.row_start, self.index.shard))
+        bounds = np.searchsorted(self.index.shard[order], np.arange(totals.shards + 1))
+        if bounds[0] != 0 or bounds[-1] != len(order):
+            self.report.problems.append(
+                Problem(file=INDEX_NAME, field="shard", problem="names shards that do not exist")
+            )
+        return [order[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+
+    def _shard_problems(
+        self, schema: ShardSchema, number: int, places: np.ndarray | None
+    ) -> tuple[list[Problem], int, int]:
+        """Problems of one shard, its samples, and its size in bytes."""
+        name = shard_name(number)
+        try:
+            with ShardFile(inside(self.cache, name), schema, number) as shard:
+                problems = [*self._against_tables(shard, places)]
+                if not self.quick:
+                    problems += self._content_problems(shard)
+                return problems, shard.num_samples, shard.container.num_bytes
+        except CacheError as error:
+            return [Problem(file=name, shard=number, problem=error.problem)], 0, 0
+
+    def _against_tables(self, shard: ShardFile, places: np.ndarray | None) -> Iterator[Problem]:
+        """What shards.arrow and index.arrow say of the shard."""
+        name, number = shard_name(shard.number), shard.number
+        row, found = shard_rows(shard)
+        if self.rows is not None and number < len(self.rows) and self.rows[number] != row:
+            yield Problem(file=name, shard=number, problem=f"is {row}, but {SHARDS_NAME} says {self.rows[number]}")
+        if places is None or self.index is None:
+            return
+        for column in ("sample_id", "row_start", "num_tokens", "num_loss_tokens", "checksum"):
+            if not np.array_equal(getattr(self.index, column)[places], getattr(found, column)):
+                yield Problem(
+                    file=name, shard=number, field=column, problem=f"{INDEX_NAME} and the shard's head disagree"
+                )
+
+    def _content_problems(self, shard: ShardFile) -> Iterator[Problem]:
+        """Every byte of every sample against its checksum, and its tokens against the prepared sample."""
+        name, number = shard_name(shard.number), shard.number
+        for position, sample_id in enumerate(shard.sample_ids.tolist()):
+            if shard.computed_checksum(position) != int(shard.sample_checksums[position]):
+                yield Problem(file=name, shard=number, sample=sample_id, problem="does not match its checksum")
+                continue
+            if self.samples is None or not 0 <= sample_id < len(self.samples):
+                continue
+            try:
+                prepared = self.samples[sample_id]
+            except CacheError as error:
+                yield self._problem(error)
+                continue
+            if stored_sample(shard, position).digest() != prepared.digest():
+                yield Problem(
+                    file=name,
+                    shard=number,
+                    sample=sample_id,
+                    field="input_ids",
+                    problem="its tokens or loss mask are not those of the prepared sample",
+                )
+
+    def _problem(self, error: CacheError) -> Problem:
+        path = Path(error.path)
+        name = path.relative_to(self.cache).as_posix() if path.is_relative_to(self.cache) else error.path
+        return Problem(file=name, problem=error.problem)
+
+
+def stored_sample(shard: ShardFile, position: int) -> Sample:
+    """Tokens and loss mask of the sample at ``position`` of a shard.
+
+    Raises:
+        CacheError: the file ended early.
+    """
+    start, stop = int(shard.cu_seqlens[position]), int(shard.cu_seqlens[position + 1])
+
+    def rows(name: str, dtype: str) -> np.ndarray:
+        offset, size = shard.row_range(name, start, stop)
+        out = np.empty(size, np.uint8)
+        shard.read_into(offset, out)
+        return out.view(dtype)
+
+    return Sample(rows("input_ids", "<i4"), rows("loss_mask", "u1"), -1)

@@ -1,0 +1,409 @@
+"""One extraction from end to end: prepare -> plan -> run -> seal, each step resumed where an earlier run stopped."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cache_format.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, HEAD_BIAS, write_embeddings
+from cache_format.errors import CacheError, InputError
+from cache_format.index import INDEX_NAME, SHARDS_NAME, tables_from_shards, write_index, write_shards
+from cache_format.lock import exclusive
+from cache_format.manifest import (
+    MANIFEST_NAME,
+    DataInfo,
+    FileInfo,
+    Manifest,
+    TargetInfo,
+    Totals,
+    file_info,
+    require_same_identity,
+    torch_dtype,
+)
+from cache_format.samples import PreparedSamples, part_path
+from cache_format.shard import ShardFile, ShardSchema, shard_name
+from cache_format.storage import make_folder, remove_temporaries, sync_tree
+from extractor.config import ExtractOptions
+from extractor.dataset import RowSource, open_rows
+from extractor.forward import HiddenStateExtractor, padding_mode
+from extractor.load_target import (
+    TargetShape,
+    load_config,
+    load_target,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    target_identity,
+    tokenizer_identity,
+)
+from extractor.plan import Plan
+from extractor.prepare import prepare
+from extractor.progress import Reporter, say, size
+from extractor.run import RunStats, ShardRunner
+from extractor.target import HFDFlashTargetModel
+
+PACKAGES = ("dflash-cache", "torch", "transformers", "tokenizers", "safetensors", "pyarrow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractReport:
+    """What ``extract`` did, for the screen and for ``--json``."""
+
+    cache: str
+    fingerprint: str
+    samples: int
+    tokens: int
+    shards: int
+    quarantined: int
+    dropped: dict[str, int]
+    run: RunStats
+    """of this run alone; zeros where nothing was left to do"""
+
+
+def extract(options: ExtractOptions) -> ExtractReport:
+    """Make the cache that ``options`` describe, or finish the one that an earlier run with the same options began.
+
+    Raises:
+        DFlashCacheError: bad input (nothing written), another cache in ``out``, a refused write, non-finite states.
+    """
+    job = _Job(options)
+    _refuse_foreign_folder(options.out)
+    stored = Manifest.read(options.out) if (options.out / MANIFEST_NAME).exists() else None
+    if stored is not None:
+        require_same_identity(options.out, stored.identity, job.identity)
+    make_folder(options.out)
+    with exclusive(options.out):
+        return job.run()
+
+
+class _Job:
+    """The inputs of one extraction, opened and identified; nothing is written before ``run``."""
+
+    def __init__(self, options: ExtractOptions):
+        self.options, self.out = options, options.out
+        target = options.target
+        self.device = resolve_device(target.device)
+        self.dtype = resolve_dtype(target.dtype, self.device)
+        self.config = load_config(target.name, target.revision, target.trust_remote_code)
+        self.shape = TargetShape.from_config(self.config)
+        self.layer_ids = target.layer_ids(self.shape.num_hidden_layers)
+        self.tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
+        self.source = open_source(options)
+        self.identity = self._identity()
+
+    def _identity(self) -> dict[str, Any]:
+        """Every input that can change a byte, as far as it is known before the target is loaded."""
+        prepare_options = asdict(self.options.prepare)
+        return {
+            **{f"target.{name}": value for name, value in self._target_identity().items()},
+            **tokenizer_identity(self.tokenizer),
+            "target_layer_ids": self.layer_ids,
+            "dtype": self.dtype,
+            "codec": {"name": "raw"},
+            "data": self.source.digest,
+            **prepare_options,
+            "on_nonfinite": self.options.on_nonfinite,
+            **asdict(self.options.plan),
+        }
+
+    def _target_identity(self) -> dict[str, str]:
+        target = self.options.target
+        return target_identity(target.name, target.revision, self.config)
+
+    def run(self) -> ExtractReport:
+        """Bring the cache to state complete, from whatever state it is in."""
+        out = self.out
+        for folder in (out, out / "samples", out / "shards", out / "target"):
+            make_folder(folder)
+            remove_temporaries(folder)
+        if (out / MANIFEST_NAME).exists():
+            manifest = Manifest.read(out)
+            require_same_identity(out, manifest.identity, self.identity)
+            _warn_of_other_software(manifest)
+        else:
+            manifest = self._begin()
+            manifest.write(out)
+        stats = RunStats()
+        if manifest.state == "complete":
+            say(f"{out}: already complete, nothing to do")
+        else:
+            stats, manifest = self._make(manifest)
+        assert manifest.data is not None and manifest.totals is not None
+        return ExtractReport(
+            cache=str(out),
+            fingerprint=manifest.fingerprint,
+            samples=manifest.totals.samples - len(manifest.quarantined),
+            tokens=manifest.totals.tokens,
+            shards=manifest.totals.shards,
+            quarantined=len(manifest.quarantined),
+            dropped=manifest.data.dropped,
+            run=stats,
+        )
+
+    def _begin(self) -> Manifest:
+        shape = self.shape
+        info = TargetInfo(
+            name=self.options.target.name,
+            model_type=shape.model_type,
+            hidden_size=shape.hidden_size,
+            num_hidden_layers=shape.num_hidden_layers,
+            vocab_size=shape.vocab_size,
+            tie_word_embeddings=shape.tie_word_embeddings,
+        )
+        return Manifest(
+            state="preparing",
+            identity=self.identity,
+            target=info,
+            target_layer_ids=self.layer_ids,
+            dtype=self.dtype,
+            codec=self.identity["codec"],
+            created_with=software(),
+        )
+
+    def _make(self, manifest: Manifest) -> tuple[RunStats, Manifest]:
+        samples = self._prepared(manifest)
+        if not len(samples):
+            raise InputError(f"{self.source.name}: no sample is left to extract; dropped rows: {dict(samples.dropped)}")
+        plan = Plan(samples.num_tokens, _schema(manifest).token_bytes, self.options.plan)
+        missing = list(range(len(plan)))
+        if manifest.state == "extracting":
+            missing = missing_shards(self.out, manifest.schema(), plan)
+            say(f"{self.out}: {len(plan) - len(missing):,} of {len(plan):,} shards are finished")
+        require_space(self.out, int(plan.shard_bytes(_schema(manifest))[missing].sum()))
+        stats = RunStats()
+        if missing or manifest.state == "preparing":
+            target, extractor, decided = self._load(samples)
+            if manifest.state == "preparing":
+                manifest = self._planned(manifest, samples, plan, target, decided)
+                manifest.write(self.out)
+            require_same_identity(self.out, manifest.identity, decided)
+            runner = ShardRunner(
+                cache=self.out,
+                schema=manifest.schema(),
+                plan=plan,
+                samples=samples,
+                extractor=extractor,
+                device=self.device,
+                target_layer_ids=self.layer_ids,
+                on_nonfinite=self.options.on_nonfinite,
+            )
+            stats = self._run(runner, missing, len(plan))
+        return stats, seal(self.out, manifest)
+
+    def _prepared(self, manifest: Manifest) -> PreparedSamples:
+        if manifest.totals is not None:
+            samples = PreparedSamples(self.out / "samples", manifest.totals.parts)
+            if samples.digest() != manifest.identity["samples"]:
+                raise CacheError(
+                    self.out / "samples", "is not what the manifest says; the prepared samples are damaged"
+                )
+            return samples
+        total = self.source.num_rows
+        with Reporter("prepare", total, "rows") as reporter:
+            parts = prepare(
+                self.source,
+                self.tokenizer,
+                self.options.prepare,
+                self.out / "samples",
+                progress=lambda done, _, kept: reporter.update(done, f"{kept:,} samples"),
+            )
+        samples = PreparedSamples(self.out / "samples", parts)
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(samples.dropped.items()) if count)
+        say(
+            f"prepared {len(samples):,} samples, {int(samples.num_tokens.sum()):,} tokens from {samples.num_rows:,} rows; "
+            f"dropped: {dropped or 'none'}"
+        )
+        return samples
+
+    def _load(self, samples: PreparedSamples) -> tuple[HFDFlashTargetModel, HiddenStateExtractor, dict[str, Any]]:
+        """The target, ready to run, and the part of the identity that only the loaded target decides."""
+        options = self.options.target
+        say(f"loading target {options.name} ({self.dtype}) on {self.device}")
+        model = load_target(
+            options.name,
+            revision=options.revision,
+            dtype=torch_dtype(self.dtype),
+            device=self.device,
+            attn_implementation=options.attn_implementation,
+            trust_remote_code=options.trust_remote_code,
+        )
+        target = HFDFlashTargetModel(model, self.layer_ids)
+        mode = padding_mode(target, longest=int(samples.num_tokens.max()))
+        attention = getattr(model.config, "_attn_implementation", None) or "eager"
+        return target, HiddenStateExtractor(target, mode), {"attn_implementation": attention, "padding": mode}
+
+    def _planned(
+        self,
+        manifest: Manifest,
+        samples: PreparedSamples,
+        plan: Plan,
+        target: HFDFlashTargetModel,
+        decided: dict[str, Any],
+    ) -> Manifest:
+        """The manifest of state extracting; the target's folder is written first."""
+        tied, scale = write_target(self.out, target.model, self.config, self.tokenizer)
+        totals = Totals(
+            parts=sum(1 for _ in (self.out / "samples").glob("samples-*.arrow")),
+            samples=len(samples),
+            tokens=int(samples.num_tokens.sum()),
+            loss_tokens=int(samples.num_loss_tokens.sum()),
+            shards=len(plan),
+        )
+        paths = [part_path(self.out / "samples", n) for n in range(totals.parts)]
+        paths += sorted(path for path in (self.out / "target").rglob("*") if path.is_file())
+        return manifest.extracting(
+            {**manifest.identity, **decided, "samples": samples.digest()},
+            target=replace(manifest.target, tie_word_embeddings=tied, embed_scale=scale),
+            data=DataInfo(name=self.source.name, rows=samples.num_rows, dropped=dict(sorted(samples.dropped.items()))),
+            totals=totals,
+            files=describe(self.out, paths),
+        )
+
+    def _run(self, runner: ShardRunner, missing: list[int], num_shards: int) -> RunStats:
+        todo = sum(runner.plan.shard(number).tokens for number in missing)
+        done_before = num_shards - len(missing)
+        with Reporter("extract", todo, "tokens") as reporter:
+            return runner.run(
+                missing, lambda stats: reporter.update(stats.tokens, _note(stats, done_before, num_shards))
+            )
+
+
+def open_source(options: ExtractOptions) -> RowSource:
+    """The dataset's rows, as ``options`` name them."""
+    data = options.data
+    return open_rows(
+        data.name,
+        split=data.split,
+        data_revision=data.data_revision,
+        streaming=data.streaming,
+        limit=options.prepare.limit,
+    )
+
+
+def missing_shards(cache: Path, schema: ShardSchema, plan: Plan) -> list[int]:
+    """Numbers of the shards still to be made; each file that is there is checked against the plan.
+
+    Raises:
+        CacheError: a finished shard is damaged, or holds other samples than planned.
+    """
+    missing = []
+    for number in range(len(plan)):
+        path = cache / shard_name(number)
+        if not path.exists():
+            missing.append(number)
+            continue
+        with ShardFile(path, schema, number) as shard:
+            planned = plan.shard(number)
+            lengths = dict(zip(planned.sample_ids.tolist(), planned.num_tokens.tolist(), strict=True))
+            ids = shard.sample_ids.tolist()
+            found = shard.cu_seqlens[1:] - shard.cu_seqlens[:-1]
+            if [lengths.get(i) for i in ids] != found.tolist() or ids != [i for i in lengths if i in set(ids)]:
+                raise CacheError(
+                    path, "does not hold the samples that the plan gives it; move it away to have it made again"
+                )
+    return missing
+
+
+def seal(cache: Path, manifest: Manifest) -> Manifest:
+    """Write index.arrow and shards.arrow from the shards, then set the state to complete.
+
+    Raises:
+        CacheError: a shard is missing or damaged.
+    """
+    assert manifest.totals is not None
+    rows, index = tables_from_shards(cache, manifest.schema(), range(manifest.totals.shards))
+    write_index(cache / INDEX_NAME, index, manifest.fingerprint)
+    write_shards(cache / SHARDS_NAME, rows, manifest.fingerprint)
+    stored = set(index.sample_id.tolist())
+    quarantined = (
+        [i for i in range(manifest.totals.samples) if i not in stored] if len(stored) < manifest.totals.samples else []
+    )
+    files = {**manifest.files, **describe(cache, [cache / INDEX_NAME, cache / SHARDS_NAME])}
+    manifest = replace(manifest, state="complete", quarantined=quarantined, files=dict(sorted(files.items())))
+    manifest.write(cache)
+    return manifest
+
+
+def describe(cache: Path, paths: list[Path]) -> dict[str, FileInfo]:
+    """Size and checksum of files below ``cache``, by their relative names."""
+    return {path.relative_to(cache).as_posix(): file_info(path) for path in paths}
+
+
+def write_target(cache: Path, model: nn.Module, config: Any, tokenizer: Any) -> tuple[bool, float]:
+    """Fill target/: config, tokenizer, embeddings. Returns whether the embeddings are tied, and the embedding's scale."""
+    folder = cache / "target"
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tensors = {EMBED: embed.weight}
+    tied = head is not None and head.weight.data_ptr() == embed.weight.data_ptr()
+    if head is not None and not tied:
+        tensors[HEAD] = head.weight
+    if head is not None and head.bias is not None:
+        tensors[HEAD_BIAS] = head.bias
+    write_embeddings(cache / EMBEDDINGS_NAME, tensors)
+    sync_tree(folder)
+    scale = getattr(embed, "embed_scale", 1.0)
+    return tied, float(scale)
+
+
+def require_space(cache: Path, num_bytes: int) -> None:
+    """Refuse to begin what cannot end.
+
+    Raises:
+        InputError: the disk has less free space than the missing shards need.
+    """
+    free = shutil.disk_usage(cache).free
+    if free < num_bytes:
+        raise InputError(
+            f"{cache}: the missing shards need {size(num_bytes)} but the disk has {size(free)} free. Free some space, choose "
+            "another --out, fewer layers (--target-layers), a smaller --max-length, or --limit."
+        )
+
+
+def software() -> dict[str, str]:
+    """Versions that the cache was begun with."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {**versions, "python": platform.python_version(), "device": device}
+
+
+def _schema(manifest: Manifest) -> ShardSchema:
+    """The shards' schema for sizes: the fingerprint may not be known yet, but its length is."""
+    schema = manifest.schema()
+    return schema if schema.fingerprint else replace(schema, fingerprint="0" * 64)
+
+
+def _refuse_foreign_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; name a new or empty folder")
+    if out.is_dir() and not (out / MANIFEST_NAME).exists():
+        known = {"samples", "shards", "target", ".lock"}
+        strange = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.endswith(".tmp"))
+        if strange:
+            raise InputError(f"--out {out} is not empty and not a cache (it has {strange[0]!r}); name another folder")
+
+
+def _warn_of_other_software(manifest: Manifest) -> None:
+    now = software()
+    different = [f"{k} {v} -> {now[k]}" for k, v in manifest.created_with.items() if k in now and now[k] != v]
+    if different and manifest.state != "complete":
+        say(
+            f"warning: this cache was begun with other software; rounding may differ between shards: {', '.join(different)}"
+        )
+
+
+def _note(stats: RunStats, done_before: int, num_shards: int) -> str:
+    seconds = max(stats.seconds, 1e-9)
+    return (
+        f"{stats.samples:,} samples, {stats.tokens / seconds:,.0f} tok/s, {stats.bytes / seconds / 1e9:.2f} GB/s, "
+        f"shard {done_before + stats.shards:,}/{num_shards:,}"
+    )
