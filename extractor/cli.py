@@ -1,0 +1,357 @@
+"""The `dflash-cache` command: options, exit codes, errors without tracebacks. The work is done elsewhere.
+
+Exit codes: 0 done or whole, 1 failed on the way or damaged, 2 could not start (bad input, another cache, locked),
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cache_format.errors import CacheError, DFlashCacheError, InputError, MismatchError, StorageError
+from cache_format.lock import LockedError
+from extractor.progress import Reporter, duration, say, size
+
+EXIT_FAILED, EXIT_COULD_NOT_START, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help=(
+        "Run a frozen target LLM once over a dataset and cache what a DFlash draft trains on.\n\n"
+        "[bold]estimate[/bold] what it will take, [bold]extract[/bold] it, [bold]inspect[/bold] and "
+        "[bold]verify[/bold] it; a trainer reads it with cache_format.FeatureCache.\n\n"
+        "Exit codes: 0 done or whole; 1 failed on the way, or damaged; 2 could not start (bad input, another "
+        "cache, locked by another process); 130 interrupted."
+    ),
+)
+
+_TARGET, _DATA, _SAMPLES, _SIZES = "The target", "The data", "Samples and loss mask", "Shards and batches"
+
+Target = Annotated[
+    str, typer.Option(help="Hub id or local folder of the target LLM.", rich_help_panel=_TARGET, show_default=False)
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="A .jsonl, .json or .parquet file, a folder of them, a folder saved by datasets, or a hub id. Rows hold "
+        "messages, conversations, prompt + response, text, or input_ids with loss_mask or labels.",
+        rich_help_panel=_DATA,
+        show_default=False,
+    ),
+]
+TargetLayers = Annotated[
+    str | None,
+    typer.Option(
+        help="Decoder layers to capture, such as 1,9,17,25,33; layer i's output is hidden_states\\[i + 1] of "
+        "transformers. Default: the layers DFlash publishes for --num-draft-layers.",
+        rich_help_panel=_TARGET,
+        show_default=False,
+    ),
+]
+NumDraftLayers = Annotated[
+    int,
+    typer.Option(min=1, help="Layers of the draft; one target layer is captured for each.", rich_help_panel=_TARGET),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="float32, bfloat16 or float16, of the weights and of the stored states; auto: bfloat16 on CUDA, float32 "
+        "on the CPU.",
+        rich_help_panel=_TARGET,
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_TARGET)]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        help="Attention kernel of transformers, such as sdpa or flash_attention_2. Default: what it picks.",
+        rich_help_panel=_TARGET,
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub target.", rich_help_panel=_TARGET, show_default=False)
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the target.", rich_help_panel=_TARGET)
+]
+Split = Annotated[
+    str | None,
+    typer.Option(help="Split of a saved or hub dataset, such as train.", rich_help_panel=_DATA, show_default=False),
+]
+DataRevision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a hub dataset.", rich_help_panel=_DATA, show_default=False),
+]
+Streaming = Annotated[
+    bool,
+    typer.Option("--streaming", help="Read rows as they come instead of downloading first.", rich_help_panel=_DATA),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="Only the first N rows: a trial run.", rich_help_panel=_DATA, show_default=False),
+]
+OnBadRow = Annotated[
+    str,
+    typer.Option(help="fail at a malformed row, naming it, or skip and count it.", rich_help_panel=_DATA),
+]
+RowFormat = Annotated[
+    str | None,
+    typer.Option(
+        help="messages, conversations, prompt-response, text or input_ids. Default: told from the columns.",
+        rich_help_panel=_SAMPLES,
+        show_default=False,
+    ),
+]
+LossOn = Annotated[
+    str | None,
+    typer.Option(
+        help="assistant: the assistant's tokens, end-of-turn included; all: every token; column: the loss_mask or "
+        "labels of pre-tokenised rows. Default: column for input_ids rows, else assistant.",
+        rich_help_panel=_SAMPLES,
+        show_default=False,
+    ),
+]
+MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of the longest sample.", rich_help_panel=_SAMPLES)]
+TooLong = Annotated[
+    str,
+    typer.Option(
+        help="truncate longer samples to their first --max-length tokens, or drop them.", rich_help_panel=_SAMPLES
+    ),
+]
+MinLossTokens = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Drop samples with fewer learned tokens than this. A draft is trained on blocks that start at learned "
+        "tokens, so a sample without one teaches nothing; SpecForge asks for twice the block_size (32 for blocks "
+        "of 16).",
+        rich_help_panel=_SAMPLES,
+    ),
+]
+ShardSize = Annotated[str, typer.Option(help="Largest shard file.", rich_help_panel=_SIZES)]
+BatchTokens = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Tokens of one forward pass, padding included: memory against speed.", rich_help_panel=_SIZES
+    ),
+]
+OnNonfinite = Annotated[
+    str,
+    typer.Option(
+        help="Where the target gives NaN or Inf: fail, naming sample and layer, or quarantine: leave the sample out "
+        "and list it.",
+        rich_help_panel=_SAMPLES,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Report as JSON on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def extract(
+    target: Target,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder of the cache: new, or begun by the same command.")],
+    target_layers: TargetLayers = None,
+    num_draft_layers: NumDraftLayers = 5,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attn_implementation: Attention = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    split: Split = None,
+    data_revision: DataRevision = None,
+    streaming: Streaming = False,
+    limit: Limit = None,
+    on_bad_row: OnBadRow = "fail",
+    row_format: RowFormat = None,
+    loss_on: LossOn = None,
+    max_length: MaxLength = 4096,
+    too_long: TooLong = "truncate",
+    min_loss_tokens: MinLossTokens = 1,
+    on_nonfinite: OnNonfinite = "fail",
+    shard_size: ShardSize = "512MiB",
+    batch_tokens: BatchTokens = 8192,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run the target over the data and write the cache. The same command again resumes it.
+
+    Example: dflash-cache extract --target Qwen/Qwen3-8B --data train.jsonl --out /data/cache
+    """
+    from extractor.job import extract as run_extract
+
+    report = run_extract(_options(locals()))
+    if as_json:
+        print(json.dumps(asdict(report)))
+        return
+    run = report.run
+    padding = 100 * (1 - run.tokens / run.padded_tokens) if run.padded_tokens else 0.0
+    speed = run.tokens / run.seconds if run.seconds else 0.0
+    say(f"{report.cache}: complete, {report.samples:,} samples, {report.tokens:,} tokens, {report.shards:,} shards")
+    if run.shards:
+        say(
+            f"this run: {run.shards:,} shards, {size(run.bytes)} in {duration(run.seconds)}, {speed:,.0f} tok/s, "
+            f"padding {padding:.1f} %, waited {run.seconds_waiting_for_disk:.1f} s for the disk"
+        )
+    if report.quarantined:
+        say(f"quarantined: {report.quarantined:,} samples with non-finite states; `dflash-cache inspect` lists them")
+
+
+@app.command()
+def estimate(
+    target: Target,
+    data: Data,
+    out: Annotated[Path | None, typer.Option(help="Folder whose disk is looked at for free space.")] = None,
+    target_layers: TargetLayers = None,
+    num_draft_layers: NumDraftLayers = 5,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    split: Split = None,
+    data_revision: DataRevision = None,
+    streaming: Streaming = False,
+    limit: Limit = None,
+    on_bad_row: OnBadRow = "fail",
+    row_format: RowFormat = None,
+    loss_on: LossOn = None,
+    max_length: MaxLength = 4096,
+    too_long: TooLong = "truncate",
+    min_loss_tokens: MinLossTokens = 1,
+    shard_size: ShardSize = "512MiB",
+    batch_tokens: BatchTokens = 8192,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Bytes, shards and tokens of a cache, from the data and the target's config; no weights are loaded.
+
+    Up to 10,000 rows are tokenised; larger data is estimated from rows spread evenly over it.
+    """
+    from extractor.estimate import describe
+    from extractor.estimate import estimate as run_estimate
+
+    result = run_estimate(_options({**locals(), "out": out or Path.cwd()}))
+    if as_json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(describe(result))
+
+
+@app.command()
+def inspect(
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")], as_json: Json = False, debug: Debug = False
+) -> None:
+    """What a cache holds and how it was made; reads the manifest alone."""
+    from extractor.inspect import describe, summarise
+
+    summary = summarise(cache)
+    print(json.dumps(summary) if as_json else describe(summary))
+
+
+@app.command()
+def verify(
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Only the manifest, tables, shard headers, sizes and coverage: seconds, proves that nothing is "
+            "missing, cut or swapped, not that every byte is right.",
+        ),
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check that a cache is whole: every sample exactly once, every byte as it was written.
+
+    Lists every problem it finds. Exit code 0: whole; 1: damaged or unfinished; 2: not a cache.
+    """
+    import time
+
+    from cache_format.integrity import verify as run_verify
+
+    started = time.monotonic()
+    total = sum(path.stat().st_size for path in (cache / "shards").glob("*.safetensors"))
+    with Reporter("verify", total, "bytes") as reporter:
+        try:
+            report = run_verify(
+                cache,
+                quick=quick,
+                progress=lambda done: reporter.update(
+                    done, f"{done / max(time.monotonic() - started, 1e-9) / 1e9:.2f} GB/s"
+                ),
+            )
+        except CacheError as error:
+            raise InputError(str(error)) from error
+    if as_json:
+        print(json.dumps({**asdict(report), "whole": report.whole}))
+    else:
+        for problem in report.problems:
+            print(problem)
+        seconds = max(time.monotonic() - started, 1e-9)
+        speed = "" if quick else f", {size(report.bytes)} at {report.bytes / seconds / 1e9:.2f} GB/s"
+        verdict = "whole" if report.whole else f"{len(report.problems):,} problems"
+        print(f"{cache}: {verdict} ({report.depth} check: {report.shards:,} shards, {report.samples:,} samples{speed})")
+    if not report.whole:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _options(arguments: dict[str, Any]) -> Any:
+    """The command line as an ExtractOptions."""
+    from extractor.config import DataOptions, ExtractOptions, TargetOptions, parse_size
+    from extractor.layer_ids import parse_layer_ids
+    from extractor.plan import PlanOptions
+    from extractor.prepare import PrepareOptions
+
+    def taken(*names: str) -> dict[str, Any]:
+        return {name: arguments[name] for name in names if name in arguments}
+
+    layers = arguments["target_layers"]
+    return ExtractOptions(
+        out=arguments["out"],
+        target=TargetOptions(
+            name=arguments["target"],
+            target_layer_ids=None if layers is None else tuple(parse_layer_ids(layers)),
+            **taken("num_draft_layers", "dtype", "device", "attn_implementation", "revision", "trust_remote_code"),
+        ),
+        data=DataOptions(name=arguments["data"], **taken("split", "data_revision", "streaming")),
+        prepare=PrepareOptions(
+            **taken("max_length", "too_long", "min_loss_tokens", "loss_on", "row_format", "on_bad_row", "limit")
+        ),
+        plan=PlanOptions(shard_bytes=parse_size(arguments["shard_size"]), batch_tokens=arguments["batch_tokens"]),
+        **taken("on_nonfinite"),
+    )
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    debug = "--debug" in sys.argv
+    try:
+        app()
+    except KeyboardInterrupt:
+        say("interrupted; run the same command again to go on where it stopped")
+        sys.exit(EXIT_INTERRUPTED)
+    except DFlashCacheError as error:
+        if debug:
+            traceback.print_exc()
+        say(f"error: {error}")
+        could_not_start = isinstance(error, InputError | MismatchError | LockedError)
+        sys.exit(EXIT_COULD_NOT_START if could_not_start else EXIT_FAILED)
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        where = error.filename or ""
+        say(f"error: {StorageError(where, 'go on', error) if where else error}")
+        sys.exit(EXIT_FAILED)

@@ -1,0 +1,67 @@
+"""inspect: what a cache holds, from its manifest alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cache_format.errors import CacheError, InputError
+from cache_format.manifest import MANIFEST_NAME, Manifest
+from cache_format.shard import shard_name
+from extractor.progress import size
+
+
+def summarise(cache: Path) -> dict[str, Any]:
+    """The manifest, and sizes worked out from it.
+
+    Raises:
+        InputError: ``cache`` is not a feature cache.
+        CacheError: its manifest is damaged.
+    """
+    if not (cache / MANIFEST_NAME).is_file():
+        raise InputError(str(CacheError(cache, f"is not a feature cache: there is no {MANIFEST_NAME}")))
+    manifest = Manifest.read(cache)
+    summary = {"cache": str(cache), **asdict(manifest)}
+    del summary["files"]
+    if manifest.totals is not None:
+        finished = [cache / shard_name(n) for n in range(manifest.totals.shards)]
+        sizes = [path.stat().st_size for path in finished if path.exists()]
+        summary |= {
+            "token_bytes": manifest.schema().token_bytes,
+            "finished_shards": len(sizes),
+            "shard_bytes": sum(sizes),
+        }
+    return summary
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """``summarise`` for a person."""
+    target, data, totals = summary["target"], summary["data"], summary["totals"]
+    lines = [
+        ("cache", summary["cache"]),
+        ("state", summary["state"]),
+        ("fingerprint", summary["fingerprint"] or "not yet known"),
+        ("target", f"{target['name']} ({target['model_type']}, {target['num_hidden_layers']} layers)"),
+        ("target_layer_ids", ", ".join(map(str, summary["target_layer_ids"]))),
+        ("hidden_states", f"{len(summary['target_layer_ids'])} x {target['hidden_size']}, {summary['dtype']}"),
+        ("codec", summary["codec"]["name"]),
+    ]
+    if totals:
+        stored = totals["samples"] - len(summary["quarantined"])
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in data["dropped"].items() if count)
+        lines += [
+            ("data", f"{data['name']}, {data['rows']:,} rows"),
+            ("dropped rows", dropped or "none"),
+            ("samples", f"{stored:,}"),
+            ("tokens", f"{totals['tokens']:,} ({totals['loss_tokens']:,} learned)"),
+            ("shards", f"{summary['finished_shards']:,} of {totals['shards']:,}"),
+            ("size of shards", f"{size(summary['shard_bytes'])} ({summary['token_bytes']:,} B a token)"),
+        ]
+    if summary["quarantined"]:
+        lines.append(("quarantined", f"sample_id {', '.join(map(str, summary['quarantined']))}"))
+    options = {k: v for k, v in summary["identity"].items() if not isinstance(v, dict | list)}
+    lines += [(name, "default" if value is None else value) for name, value in options.items()]
+    lines += [(f"made with {name}", version) for name, version in summary["created_with"].items()]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
