@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -191,7 +192,7 @@ class _Verification:
             self.report.problems.append(
                 Problem(file=INDEX_NAME, field="shard", problem="names shards that do not exist")
             )
-        return [order[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+        return [order[low:high] for low, high in itertools.pairwise(bounds)]
 
     def _shard_problems(
         self, schema: ShardSchema, number: int, places: np.ndarray | None

@@ -126,7 +126,9 @@ def describe(result: Estimate) -> str:
         ("free on the disk", size(result.free_bytes)),
     ]
     if result.rows is None:
-        lines.append(("note", f"the length of a stream is unknown: these are the figures of its first {result.rows_read:,} rows"))
+        lines.append(
+            ("note", f"the length of a stream is unknown: these are the figures of its first {result.rows_read:,} rows")
+        )
     if not result.fits:
         lines.append(("WARNING", f"too big for the disk by {size(result.shard_bytes - result.free_bytes)}"))
     width = max(len(name) for name, _ in lines)

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from importlib import metadata
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from cache_format.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, HEAD_BIAS, write_embeddings
 from cache_format.errors import CacheError, InputError
-from cache_format.index import INDEX_NAME, SHARDS_NAME, tables_from_shards, write_index, write_shards
 from cache_format.lock import exclusive
 from cache_format.manifest import (
     MANIFEST_NAME,
     DataInfo,
-    FileInfo,
     Manifest,
     TargetInfo,
     Totals,
-    file_info,
     require_same_identity,
     torch_dtype,
 )
 from cache_format.samples import PreparedSamples, part_path
-from cache_format.shard import ShardFile, ShardSchema, shard_name
-from cache_format.storage import make_folder, remove_temporaries, sync_tree
+from cache_format.seal import describe_files, seal
+from cache_format.shard import ShardSchema
+from cache_format.storage import make_folder, remove_temporaries
 from extractor.config import ExtractOptions
-from extractor.dataset import RowSource, open_rows
+from extractor.dataset import open_source
 from extractor.forward import HiddenStateExtractor, padding_mode
+from extractor.identity import inputs_identity, other_software, software
 from extractor.load_target import (
     TargetShape,
     load_config,
@@ -41,16 +33,14 @@ from extractor.load_target import (
     load_tokenizer,
     resolve_device,
     resolve_dtype,
-    target_identity,
-    tokenizer_identity,
 )
 from extractor.plan import Plan
 from extractor.prepare import prepare
 from extractor.progress import Reporter, say, size
+from extractor.resume import missing_shards
 from extractor.run import RunStats, ShardRunner
 from extractor.target import HFDFlashTargetModel
-
-PACKAGES = ("dflash-cache", "torch", "transformers", "tokenizers", "safetensors", "pyarrow")
+from extractor.target_files import write_target_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +64,8 @@ def extract(options: ExtractOptions) -> ExtractReport:
     Raises:
         DFlashCacheError: bad input (nothing written), another cache in ``out``, a refused write, non-finite states.
     """
-    job = _Job(options)
     _refuse_foreign_folder(options.out)
+    job = _Job(options)
     stored = Manifest.read(options.out) if (options.out / MANIFEST_NAME).exists() else None
     if stored is not None:
         require_same_identity(options.out, stored.identity, job.identity)
@@ -96,27 +86,15 @@ class _Job:
         self.shape = TargetShape.from_config(self.config)
         self.layer_ids = target.layer_ids(self.shape.num_hidden_layers)
         self.tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
-        self.source = open_source(options)
-        self.identity = self._identity()
-
-    def _identity(self) -> dict[str, Any]:
-        """Every input that can change a byte, as far as it is known before the target is loaded."""
-        prepare_options = asdict(self.options.prepare)
-        return {
-            **{f"target.{name}": value for name, value in self._target_identity().items()},
-            **tokenizer_identity(self.tokenizer),
-            "target_layer_ids": self.layer_ids,
-            "dtype": self.dtype,
-            "codec": {"name": "raw"},
-            "data": self.source.digest,
-            **prepare_options,
-            "on_nonfinite": self.options.on_nonfinite,
-            **asdict(self.options.plan),
-        }
-
-    def _target_identity(self) -> dict[str, str]:
-        target = self.options.target
-        return target_identity(target.name, target.revision, self.config)
+        self.source = open_source(options.data, options.prepare.limit)
+        self.identity = inputs_identity(
+            options,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            target_layer_ids=self.layer_ids,
+            dtype=self.dtype,
+            data_digest=self.source.digest,
+        )
 
     def run(self) -> ExtractReport:
         """Bring the cache to state complete, from whatever state it is in."""
@@ -127,7 +105,9 @@ class _Job:
         if (out / MANIFEST_NAME).exists():
             manifest = Manifest.read(out)
             require_same_identity(out, manifest.identity, self.identity)
-            _warn_of_other_software(manifest)
+            changed = other_software(manifest.created_with)
+            if changed and manifest.state != "complete":
+                say(f"warning: this cache was begun with other software; rounding may differ: {', '.join(changed)}")
         else:
             manifest = self._begin()
             manifest.write(out)
@@ -136,7 +116,8 @@ class _Job:
             say(f"{out}: already complete, nothing to do")
         else:
             stats, manifest = self._make(manifest)
-        assert manifest.data is not None and manifest.totals is not None
+        assert manifest.data is not None
+        assert manifest.totals is not None
         return ExtractReport(
             cache=str(out),
             fingerprint=manifest.fingerprint,
@@ -169,9 +150,13 @@ class _Job:
         )
 
     def _make(self, manifest: Manifest) -> tuple[RunStats, Manifest]:
-        samples = self._prepared(manifest)
-        if not len(samples):
-            raise InputError(f"{self.source.name}: no sample is left to extract; dropped rows: {dict(samples.dropped)}")
+        try:
+            samples = self._prepared(manifest)
+        except InputError:
+            # Rows that cannot be prepared have to change, and with them the identity: these parts are of no use.
+            shutil.rmtree(self.out / "samples")
+            (self.out / MANIFEST_NAME).unlink()
+            raise
         plan = Plan(samples.num_tokens, _schema(manifest).token_bytes, self.options.plan)
         missing = list(range(len(plan)))
         if manifest.state == "extracting":
@@ -217,9 +202,11 @@ class _Job:
             )
         samples = PreparedSamples(self.out / "samples", parts)
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(samples.dropped.items()) if count)
+        if not len(samples):
+            raise InputError(f"{self.source.name}: no sample is left to extract; dropped rows: {dropped or 'none'}")
         say(
-            f"prepared {len(samples):,} samples, {int(samples.num_tokens.sum()):,} tokens from {samples.num_rows:,} rows; "
-            f"dropped: {dropped or 'none'}"
+            f"prepared {len(samples):,} samples, {int(samples.num_tokens.sum()):,} tokens from {samples.num_rows:,} "
+            f"rows; dropped: {dropped or 'none'}"
         )
         return samples
 
@@ -249,7 +236,7 @@ class _Job:
         decided: dict[str, Any],
     ) -> Manifest:
         """The manifest of state extracting; the target's folder is written first."""
-        tied, scale = write_target(self.out, target.model, self.config, self.tokenizer)
+        tied, scale = write_target_files(self.out, target.model, self.config, self.tokenizer)
         totals = Totals(
             parts=sum(1 for _ in (self.out / "samples").glob("samples-*.arrow")),
             samples=len(samples),
@@ -259,12 +246,13 @@ class _Job:
         )
         paths = [part_path(self.out / "samples", n) for n in range(totals.parts)]
         paths += sorted(path for path in (self.out / "target").rglob("*") if path.is_file())
+        names = [path.relative_to(self.out).as_posix() for path in paths]
         return manifest.extracting(
             {**manifest.identity, **decided, "samples": samples.digest()},
             target=replace(manifest.target, tie_word_embeddings=tied, embed_scale=scale),
             data=DataInfo(name=self.source.name, rows=samples.num_rows, dropped=dict(sorted(samples.dropped.items()))),
             totals=totals,
-            files=describe(self.out, paths),
+            files=describe_files(self.out, names),
         )
 
     def _run(self, runner: ShardRunner, missing: list[int], num_shards: int) -> RunStats:
@@ -276,85 +264,6 @@ class _Job:
             )
 
 
-def open_source(options: ExtractOptions) -> RowSource:
-    """The dataset's rows, as ``options`` name them."""
-    data = options.data
-    return open_rows(
-        data.name,
-        split=data.split,
-        data_revision=data.data_revision,
-        streaming=data.streaming,
-        limit=options.prepare.limit,
-    )
-
-
-def missing_shards(cache: Path, schema: ShardSchema, plan: Plan) -> list[int]:
-    """Numbers of the shards still to be made; each file that is there is checked against the plan.
-
-    Raises:
-        CacheError: a finished shard is damaged, or holds other samples than planned.
-    """
-    missing = []
-    for number in range(len(plan)):
-        path = cache / shard_name(number)
-        if not path.exists():
-            missing.append(number)
-            continue
-        with ShardFile(path, schema, number) as shard:
-            planned = plan.shard(number)
-            lengths = dict(zip(planned.sample_ids.tolist(), planned.num_tokens.tolist(), strict=True))
-            ids = shard.sample_ids.tolist()
-            found = shard.cu_seqlens[1:] - shard.cu_seqlens[:-1]
-            if [lengths.get(i) for i in ids] != found.tolist() or ids != [i for i in lengths if i in set(ids)]:
-                raise CacheError(
-                    path, "does not hold the samples that the plan gives it; move it away to have it made again"
-                )
-    return missing
-
-
-def seal(cache: Path, manifest: Manifest) -> Manifest:
-    """Write index.arrow and shards.arrow from the shards, then set the state to complete.
-
-    Raises:
-        CacheError: a shard is missing or damaged.
-    """
-    assert manifest.totals is not None
-    rows, index = tables_from_shards(cache, manifest.schema(), range(manifest.totals.shards))
-    write_index(cache / INDEX_NAME, index, manifest.fingerprint)
-    write_shards(cache / SHARDS_NAME, rows, manifest.fingerprint)
-    stored = set(index.sample_id.tolist())
-    quarantined = (
-        [i for i in range(manifest.totals.samples) if i not in stored] if len(stored) < manifest.totals.samples else []
-    )
-    files = {**manifest.files, **describe(cache, [cache / INDEX_NAME, cache / SHARDS_NAME])}
-    manifest = replace(manifest, state="complete", quarantined=quarantined, files=dict(sorted(files.items())))
-    manifest.write(cache)
-    return manifest
-
-
-def describe(cache: Path, paths: list[Path]) -> dict[str, FileInfo]:
-    """Size and checksum of files below ``cache``, by their relative names."""
-    return {path.relative_to(cache).as_posix(): file_info(path) for path in paths}
-
-
-def write_target(cache: Path, model: nn.Module, config: Any, tokenizer: Any) -> tuple[bool, float]:
-    """Fill target/: config, tokenizer, embeddings. Returns whether the embeddings are tied, and the embedding's scale."""
-    folder = cache / "target"
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tensors = {EMBED: embed.weight}
-    tied = head is not None and head.weight.data_ptr() == embed.weight.data_ptr()
-    if head is not None and not tied:
-        tensors[HEAD] = head.weight
-    if head is not None and head.bias is not None:
-        tensors[HEAD_BIAS] = head.bias
-    write_embeddings(cache / EMBEDDINGS_NAME, tensors)
-    sync_tree(folder)
-    scale = getattr(embed, "embed_scale", 1.0)
-    return tied, float(scale)
-
-
 def require_space(cache: Path, num_bytes: int) -> None:
     """Refuse to begin what cannot end.
 
@@ -364,16 +273,9 @@ def require_space(cache: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(cache).free
     if free < num_bytes:
         raise InputError(
-            f"{cache}: the missing shards need {size(num_bytes)} but the disk has {size(free)} free. Free some space, choose "
-            "another --out, fewer layers (--target-layers), a smaller --max-length, or --limit."
+            f"{cache}: the missing shards need {size(num_bytes)} but the disk has {size(free)} free. Free some space, "
+            "choose another --out, fewer layers (--target-layers), a smaller --max-length, or --limit."
         )
-
-
-def software() -> dict[str, str]:
-    """Versions that the cache was begun with."""
-    versions = {name: metadata.version(name) for name in PACKAGES}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {**versions, "python": platform.python_version(), "device": device}
 
 
 def _schema(manifest: Manifest) -> ShardSchema:
@@ -390,15 +292,6 @@ def _refuse_foreign_folder(out: Path) -> None:
         strange = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.endswith(".tmp"))
         if strange:
             raise InputError(f"--out {out} is not empty and not a cache (it has {strange[0]!r}); name another folder")
-
-
-def _warn_of_other_software(manifest: Manifest) -> None:
-    now = software()
-    different = [f"{k} {v} -> {now[k]}" for k, v in manifest.created_with.items() if k in now and now[k] != v]
-    if different and manifest.state != "complete":
-        say(
-            f"warning: this cache was begun with other software; rounding may differ between shards: {', '.join(different)}"
-        )
 
 
 def _note(stats: RunStats, done_before: int, num_shards: int) -> str:

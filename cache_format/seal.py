@@ -1,0 +1,46 @@
+"""Seal: once every shard is there, write the tables and set the state to complete - in that order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from cache_format.index import INDEX_NAME, SHARDS_NAME, tables_from_shards, write_index, write_shards
+from cache_format.manifest import FileInfo, Manifest, file_info
+
+
+def seal(cache: Path, manifest: Manifest) -> Manifest:
+    """Write index.arrow and shards.arrow from the shards, then the manifest of state complete.
+
+    Samples that are in no shard are listed as quarantined.
+
+    Raises:
+        CacheError: a shard is missing or damaged; nothing was written.
+        StorageError: the operating system refused; the cache stays incomplete.
+    """
+    assert manifest.totals is not None
+    rows, index = tables_from_shards(cache, manifest.schema(), range(manifest.totals.shards))
+    write_index(cache / INDEX_NAME, index, manifest.fingerprint)
+    write_shards(cache / SHARDS_NAME, rows, manifest.fingerprint)
+    stored = np.zeros(manifest.totals.samples, bool)
+    stored[index.sample_id] = True
+    sealed = replace(
+        manifest,
+        state="complete",
+        quarantined=np.flatnonzero(~stored).tolist(),
+        files=dict(sorted((manifest.files | describe_files(cache, [INDEX_NAME, SHARDS_NAME])).items())),
+    )
+    sealed.write(cache)
+    return sealed
+
+
+def describe_files(cache: Path, names: Iterable[str]) -> dict[str, FileInfo]:
+    """Size and checksum of files below ``cache``.
+
+    Raises:
+        CacheError: one is missing.
+    """
+    return {name: file_info(cache / name) for name in names}

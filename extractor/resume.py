@@ -1,0 +1,36 @@
+"""What is left to do: which planned shards are not there yet, and whether those that are there are the planned ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from cache_format.errors import CacheError
+from cache_format.shard import ShardFile, ShardSchema, shard_name
+from extractor.plan import Plan, ShardPlan
+
+
+def missing_shards(cache: Path, schema: ShardSchema, plan: Plan) -> list[int]:
+    """Numbers of the shards still to be made. Reads the heads of the others, not their states.
+
+    Raises:
+        CacheError: a shard that is there is damaged, or holds other samples than planned.
+    """
+    missing = []
+    for number in range(len(plan)):
+        path = cache / shard_name(number)
+        if not path.exists():
+            missing.append(number)
+            continue
+        with ShardFile(path, schema, number) as shard:
+            if not _as_planned(shard, plan.shard(number)):
+                raise CacheError(path, "holds other samples than planned; move it away to have it made again")
+    return missing
+
+
+def _as_planned(shard: ShardFile, planned: ShardPlan) -> bool:
+    """Same samples, lengths and order; quarantined ones may be left out."""
+    kept = np.isin(planned.sample_ids, shard.sample_ids)
+    same_ids = np.array_equal(planned.sample_ids[kept], shard.sample_ids)
+    return same_ids and np.array_equal(planned.num_tokens[kept], np.diff(shard.cu_seqlens))
