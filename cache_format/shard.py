@@ -137,7 +137,7 @@ class ShardBuffer:
         return self._memory[start:stop].numpy()
 
     def _rows(self, place: TensorPlace) -> np.ndarray:
-        return self._bytes(place.start, place.stop).reshape(place.shape[0], -1)
+        return self._bytes(place.start, place.stop).reshape(place.shape[0], place.row_bytes)
 
 
 def sample_hasher(sample_id: int) -> xxhash.xxh3_64:

@@ -1,0 +1,94 @@
+"""Paths stay inside the cache; a commit is whole or not there; one process writes at a time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from cache_format.errors import CacheError, StorageError
+from cache_format.lock import LockedError, exclusive
+from cache_format.storage import committed, inside, make_folder, remove_temporaries
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", ".", "a//b", "a\\b", "a\0b", "a/.."])
+def test_names_that_lead_out_of_the_cache_are_refused(tmp_path, name):
+    with pytest.raises(CacheError):
+        inside(tmp_path, name)
+
+
+def test_a_symbolic_link_out_of_the_cache_is_refused(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "cache" / "link").symlink_to(tmp_path / "secret")
+    with pytest.raises(CacheError, match="symbolic link"):
+        inside(tmp_path / "cache", "link")
+    assert inside(tmp_path / "cache", "shards/a").name == "a"
+
+
+def test_a_commit_replaces_the_file_at_its_end_and_not_before(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    with committed(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_a_failed_commit_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(b"old")
+    with pytest.raises(StorageError, match="disk is full") as error, committed(path) as file:
+        file.write(b"ne")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error.value.errno == errno.ENOSPC
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    code = (
+        "import os, pathlib, signal\n"
+        "from cache_format.storage import committed\n"
+        f"with committed(pathlib.Path({str(tmp_path / 'f')!r})) as file:\n"
+        "    file.write(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert len(os.listdir(tmp_path)) == 1
+    assert not (tmp_path / "f").exists()
+    remove_temporaries(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_folders_are_made_with_their_parents(tmp_path):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError):
+        make_folder(tmp_path / "file" / "b")
+
+
+HOLD = (
+    "import pathlib, sys, time\n"
+    "from cache_format.lock import exclusive\n"
+    "with exclusive(pathlib.Path(sys.argv[1])):\n"
+    "    print('held', flush=True); time.sleep(60)\n"
+)
+
+
+def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(LockedError, match=f"process {holder.pid} on host .*since"), exclusive(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
+    with exclusive(tmp_path):
+        assert os.listdir(tmp_path) == [".lock"]
+    assert os.listdir(tmp_path) == []
