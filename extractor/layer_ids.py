@@ -1,0 +1,36 @@
+"""Which decoder layers of the target are captured."""
+
+from __future__ import annotations
+
+from cache_format.errors import InputError
+
+
+def default_target_layer_ids(num_draft_layers: int, num_target_layers: int) -> list[int]:
+    """The layers published for DFlash: ``round(1 + i*(N-4)/(n-1))`` for i = 0..n-1, and ``N//2`` for one draft layer.
+
+    ``round`` is Python's (halves to even), as in the published code. They run from the second layer to the third
+    from the end, whose output still feeds later ones.
+
+    Raises:
+        InputError: the target has too few layers for that many different ones.
+    """
+    n, total = num_draft_layers, num_target_layers
+    ids = [total // 2] if n == 1 else [round(1 + i * (total - 4) / (n - 1)) for i in range(n)]
+    if len(set(ids)) != n or ids != sorted(ids) or not 0 <= ids[0] <= ids[-1] < total:
+        raise InputError(
+            f"a target of {total} layers is too small for the default of {n} captured layers; "
+            "give fewer with --num-draft-layers, or name them with --target-layers"
+        )
+    return ids
+
+
+def parse_layer_ids(text: str) -> list[int]:
+    """``"1,9,17"`` -> ``[1, 9, 17]``; their range is checked once the target is known.
+
+    Raises:
+        InputError: not whole numbers separated by commas.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--target-layers {text!r}: write whole numbers separated by commas, such as 1,9,17") from None
