@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -53,8 +53,8 @@ class Conversation:
     """Messages with string content, ready for a chat template."""
 
     messages: list[Message]
-    """``role``, ``content`` and what else the row has that a template may use (``tool_calls``, ``reasoning_content``)"""
-    tools: list[Any] | None = field(default=None)
+    """``role``, ``content``, and what else the row has for the template (``tool_calls``, ``reasoning_content``)"""
+    tools: list[Any] | None = None
 
 
 def conversation_of(row: Row, row_format: str) -> Conversation:
@@ -123,9 +123,10 @@ def _content(content: Any, number: int) -> str:
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(part["text"] if "text" in part else None, str):
+        text = part.get("text") if kind == "text" else None
+        if not isinstance(text, str):
             raise BadRow(f"turn {number}: content part of type {kind!r}; only text parts can be used")
-        texts.append(part["text"])
+        texts.append(text)
     return "".join(texts)
 
 
@@ -159,7 +160,7 @@ def ids_of(row: Row, vocab_size: int, loss_on: str) -> tuple[np.ndarray, np.ndar
         BadRow: it is malformed.
     """
     ids = _integers(row, "input_ids")
-    if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         wrong = int(ids.min() if ids.min() < 0 else ids.max())
         raise BadRow(f"token id {wrong} in 'input_ids' is outside the tokenizer's 0..{vocab_size - 1}")
     if row.get("attention_mask") is not None and not _integers(row, "attention_mask", len(ids)).all():

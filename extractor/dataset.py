@@ -1,7 +1,7 @@
 """Rows: where they come from, how many, what identifies them, and how to say which one is wrong.
 
 A :class:`RowSource` reads a local ``.jsonl``/``.json``/``.parquet`` file or a folder of one kind of them, a folder
-made by ``save_to_disk``, or a dataset of the hub. Everything is memory-mapped (or streamed): memory does not grow with the rows.
+made by ``save_to_disk``, or a dataset of the hub. Rows are memory-mapped or streamed: memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
+from itertools import accumulate, count, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import xxhash
 from huggingface_hub import HfApi
 
 from cache_format.errors import InputError, StorageError
+
+if TYPE_CHECKING:
+    from extractor.config import DataOptions
 
 RawRow = bytes | dict[str, Any]
 """One row as read: a line of a .jsonl file, not parsed yet, or a dict."""
@@ -30,11 +33,12 @@ KINDS = {".jsonl": "text", ".json": "json", ".parquet": "parquet"}
 """File ending -> builder of ``datasets``. JSON lines are read as text, so that one malformed line is one bad row."""
 _ROWS_FOR_COLUMNS = 100
 _HASH_BYTES = 16 << 20
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the text says why, without file and row number (see :meth:`RowSource.where`)."""
+    """A row that cannot be used; the text says why, without file and row number (see :meth:`Rows.where`)."""
 
 
 def parse_row(raw: RawRow) -> dict[str, Any] | None:
@@ -76,9 +80,29 @@ class _Part:
         return [self.raw(dict(zip(names, values, strict=True))) for values in zip(*columns.values(), strict=True)]
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Consecutive rows with what is needed to use them and to name them, in this process or another."""
+
+    first: int
+    """number of the first one in the dataset, counted from 0"""
+    raw: list[RawRow]
+    columns: tuple[str, ...]
+    """of the whole dataset"""
+    places: tuple[tuple[int, str], ...]
+    """first row and name of each file, ascending"""
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def where(self, row: int) -> str:
+        """``train.jsonl row 17``: file and row in it, counted from 1 (so the line, for ``.jsonl``)."""
+        first, label = self.places[bisect_right(self.places, row, key=lambda place: place[0]) - 1]
+        return f"{label} row {row - first + 1}"
+
+
 class RowSource:
-    """The rows of a dataset in their fixed order. Made by :func:`open_rows`.
+    """The rows of a dataset in their fixed order. Made by :func:`open_source`.
 
     Rows are counted from 0. Every line of a ``.jsonl`` file is a row, blank ones too (they give no sample),
     so row ``n`` of a file is line ``n + 1`` of it.
@@ -86,127 +110,128 @@ class RowSource:
 
     name: str
     digest: str
-    """identity of the content, independent of where it lies"""
-    _parts: list[_Part]
-    streaming: bool = False
-    num_rows: int | None = None
-    """None when streaming: unknown before the end"""
-    columns: list[str] = field(default_factory=list)
+    """identity of the content (not of the limit), independent of where it lies"""
+    columns: tuple[str, ...]
     """of ``.jsonl``: every key of the first 100 lines"""
-    _starts: list[int] = field(default_factory=list)
-    """first row of each part, as far as known"""
+    num_rows: int | None
+    """at most the limit; None when streaming: unknown before the end"""
 
-    def __post_init__(self) -> None:
-        self._starts = [0]
-        if not self.streaming:
-            for part in self._parts:
-                self._starts.append(self._starts[-1] + len(part.data))
-            self.num_rows = self._starts.pop()
-        head = self.read(0, _ROWS_FOR_COLUMNS)
-        if not head:
-            raise InputError(f"{self.name}: has no rows")
-        self.columns = self._columns(head)
+    def __init__(self, name: str, digest: str, parts: list[_Part], streaming: bool, limit: int | None):
+        """``parts`` in order.
 
-    def _columns(self, head: list[RawRow]) -> list[str]:
-        columns: dict[str, None] = {}
-        problems = []
-        for number, raw in enumerate(head):
-            try:
-                columns.update(dict.fromkeys(parse_row(raw) or ()))
-            except BadRow as problem:
-                problems.append(f"{self.where(number)}: {problem}")
-        if not columns:
-            why = f" ({problems[0]})" if problems else ""
-            raise InputError(f"{self.name}: none of the first {len(head)} rows is an object with columns{why}")
-        return list(columns)
+        Raises:
+            InputError: no rows, or none among the first that has columns.
+        """
+        self.name, self.digest = name, digest
+        self._parts, self._limit = parts, limit
+        self._places = [(0, parts[0].label)]
+        self._live: Iterator[RawRow] | None = None
+        self._position = 0
+        self.num_rows = None
+        if not streaming:
+            starts = list(accumulate((len(part.data) for part in parts), initial=0))
+            self._places = [(start, part.label) for start, part in zip(starts, parts, strict=False)]
+            self.num_rows = starts[-1] if limit is None else min(limit, starts[-1])
+        self.columns = ()
+        self.columns = _columns(name, self.read(0, _ROWS_FOR_COLUMNS))
 
-    def where(self, row: int) -> str:
-        """``train.jsonl row 17``: file and row (the line of a ``.jsonl`` file), counted from 1."""
-        part = bisect_right(self._starts, row) - 1
-        return f"{self._parts[part].label} row {row - self._starts[part] + 1}"
+    def read(self, start: int, stop: int) -> Rows:
+        """Rows ``start`` to ``stop`` (not included), fewer at the end. Streams are quick going forwards only.
 
-    def read(self, start: int, stop: int) -> list[RawRow]:
-        """Rows ``start`` to ``stop`` (not included), fewer at the end. A stream is read from its beginning."""
-        if self.streaming:
-            return list(islice(self._stream(), start, stop))
+        Raises:
+            InputError: a file that cannot be read.
+        """
+        if self._limit is not None:
+            stop = min(stop, self._limit)
+        raw = self._read_stream(start, stop) if self.num_rows is None else self._read_mapped(start, stop)
+        return Rows(first=start, raw=raw, columns=self.columns, places=tuple(self._places))
+
+    def chunks(self, size: int, skip: Collection[int] = ()) -> Iterator[tuple[int, Rows]]:
+        """Every run of ``size`` rows with its number, but for the numbers in ``skip``."""
+        for number in count():
+            if self.num_rows is not None and number * size >= self.num_rows:
+                return
+            if number not in skip:
+                rows = self.read(number * size, (number + 1) * size)
+                if not rows:
+                    return
+                yield number, rows
+
+    def _read_mapped(self, start: int, stop: int) -> list[RawRow]:
         rows: list[RawRow] = []
-        for first, part in zip(self._starts, self._parts, strict=True):
+        for (first, _), part in zip(self._places, self._parts, strict=True):
             begin, end = max(start - first, 0), min(stop - first, len(part.data))
             if begin < end:
                 rows += part.read(begin, end)
         return rows
 
-    def chunks(
-        self, size: int, limit: int | None = None, skip: Collection[int] = ()
-    ) -> Iterator[tuple[int, int, list[RawRow]]]:
-        """Every run of ``size`` rows as ``(number, first row, rows)``, but for the numbers in ``skip``.
-
-        ``limit``: stop after that many rows.
-        """
-        if self.streaming:
-            rows = islice(self._stream(), limit)
-            number = 0
-            while chunk := list(islice(rows, size)):
-                if number not in skip:
-                    yield number, number * size, chunk
-                number += 1
-            return
-        total = self.total(limit) or 0
-        for number, first in enumerate(range(0, total, size)):
-            if number not in skip:
-                yield number, first, self.read(first, min(first + size, total))
-
-    def total(self, limit: int | None) -> int | None:
-        """Rows that ``chunks(limit=limit)`` gives, None where that is not known."""
-        return self.num_rows if limit is None or self.num_rows is None else min(self.num_rows, limit)
+    def _read_stream(self, start: int, stop: int) -> list[RawRow]:
+        if self._live is None or start < self._position:
+            self._live, self._position = self._stream(), 0
+        rows = list(islice(self._live, start - self._position, max(stop, start) - self._position))
+        self._position = start + len(rows)
+        return rows
 
     def _stream(self) -> Iterator[RawRow]:
-        self._starts = [0]
-        count = 0
-        for number, part in enumerate(self._parts):
-            if number:
-                self._starts.append(count)
-            try:
-                for row in part.data:
-                    count += 1
-                    yield part.raw(row)
-            except (InputError, StorageError, GeneratorExit):
-                raise
-            except Exception as error:
-                raise _unreadable(f"{part.label} after row {count - self._starts[-1]}", error) from error
+        self._places, at = [], 0
+        for part in self._parts:
+            self._places.append((at, part.label))
+            rows = iter(part.data)
+            while True:
+                try:
+                    row = next(rows, None)
+                except Exception as error:
+                    raise _unreadable(f"{part.label} after row {at - self._places[-1][0]}", error) from error
+                if row is None:
+                    break
+                at += 1
+                yield part.raw(row)
 
 
-def open_rows(
-    name: str, *, split: str | None = None, data_revision: str | None = None, streaming: bool = False
-) -> RowSource:
+def _columns(name: str, head: Rows) -> tuple[str, ...]:
+    """Every key of the first rows, in order of appearance."""
+    if not head:
+        raise InputError(f"{name}: has no rows")
+    columns: dict[str, None] = {}
+    problem = ""
+    for number, raw in enumerate(head.raw):
+        try:
+            columns.update(dict.fromkeys(parse_row(raw) or ()))
+        except BadRow as bad:
+            problem = problem or f" ({head.where(number)} {bad})"
+    if not columns:
+        raise InputError(f"{name}: none of the first {len(head)} rows is an object with columns{problem}")
+    return tuple(columns)
+
+
+def open_source(options: DataOptions, limit: int | None = None) -> RowSource:
     """Open a dataset, checking everything that can be checked before work begins.
 
-    Args:
-        name: a local ``.jsonl``, ``.json`` or ``.parquet`` file, a folder of such files (one kind, sub-folders
-            included), a folder made by ``save_to_disk``, or a dataset id on the hub.
-        split: of a hub or saved dataset; may be left out where there is just one.
-        data_revision: branch, tag or commit of a hub dataset.
-        streaming: do not copy the rows to the cache of ``datasets`` first. Saved datasets are memory-mapped anyway.
+    ``options.name`` is a local ``.jsonl``, ``.json`` or ``.parquet`` file, a folder of such files (one kind,
+    sub-folders included, in the order of their names), a folder made by ``save_to_disk``, or a dataset id of the hub.
+    ``options.split`` belongs to hub and saved datasets and may be left out where there is just one.
+    ``options.streaming`` saves the copy of the rows that ``datasets`` keeps in its cache folder; saved datasets are
+    memory-mapped either way. ``limit``: only the first rows.
 
     Raises:
         InputError: nothing there, nothing that can be read, or no such split.
         StorageError: the cache folder of ``datasets`` cannot be written.
     """
-    path = Path(name).expanduser()
+    name, path = options.name, Path(options.name).expanduser()
     if not path.exists():
-        if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or path.suffix in KINDS:
+        if not _HUB_ID.fullmatch(name) or path.suffix in KINDS:
             raise InputError(f"{name}: no such file or folder, and not a dataset id of the hub (owner/name)")
-        return _open_hub(name, split, data_revision, streaming)
-    if data_revision is not None:
-        raise InputError(f"--data-revision {data_revision}: {name} is local; only hub datasets have revisions")
+        return _open_hub(options, limit)
+    if options.data_revision is not None:
+        raise InputError(f"--data-revision {options.data_revision}: {name} is local; only hub datasets have revisions")
     if path.is_dir() and any((path / f).is_file() for f in ("dataset_dict.json", "state.json")):
-        return _open_saved(path, split)
-    if split is not None:
-        raise InputError(f"--split {split}: {name} is read whole; leave --split out, or name the file you want")
-    return _open_files(path, streaming)
+        return _open_saved(path, options.split, limit)
+    if options.split is not None:
+        raise InputError(f"--split {options.split}: {name} is read whole; leave it out, or name the file you want")
+    return _open_files(path, options.streaming, limit)
 
 
-def _open_files(path: Path, streaming: bool) -> RowSource:
+def _open_files(path: Path, streaming: bool, limit: int | None) -> RowSource:
     root, files = _data_files(path)
     hasher, parts = xxhash.xxh3_128(), []
     for file in files:
@@ -222,14 +247,14 @@ def _open_files(path: Path, streaming: bool) -> RowSource:
                 data_files={"train": glob.escape(str(file.resolve()))},
                 split="train",
                 streaming=streaming,
-                # Part of the cache key: datasets looks at path and time only, and would serve the rows of a file replaced.
+                # Makes the content part of the cache key: datasets looks at path and time, and could serve old rows.
                 description=file_digest,
                 **options,
             )
         except Exception as error:
             raise _unreadable(str(file), error) from error
         parts.append(_Part(label, data, kind == "text"))
-    return RowSource(str(path), hasher.hexdigest(), parts, streaming)
+    return RowSource(str(path), hasher.hexdigest(), parts, streaming, limit)
 
 
 def _data_files(path: Path) -> tuple[Path, list[Path]]:
@@ -255,7 +280,7 @@ def _data_files(path: Path) -> tuple[Path, list[Path]]:
     return root, filled
 
 
-def _open_saved(path: Path, split: str | None) -> RowSource:
+def _open_saved(path: Path, split: str | None, limit: int | None) -> RowSource:
     folder = path
     if (path / "dataset_dict.json").is_file():
         try:
@@ -272,22 +297,24 @@ def _open_saved(path: Path, split: str | None) -> RowSource:
     hasher = xxhash.xxh3_128()
     for file in sorted(f for f in folder.iterdir() if f.is_file()):
         hasher.update(json.dumps([file.name, file.stat().st_size, _hash_file(file)]).encode())
-    return RowSource(str(path), hasher.hexdigest(), [_Part(folder.name, data.with_format(None), False)])
+    parts = [_Part(folder.name, data.with_format(None), False)]
+    return RowSource(str(path), hasher.hexdigest(), parts, False, limit)
 
 
-def _open_hub(name: str, split: str | None, revision: str | None, streaming: bool) -> RowSource:
+def _open_hub(options: DataOptions, limit: int | None) -> RowSource:
+    name, revision, split = options.name, options.data_revision, options.split
     try:
         commit = revision
         if revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision):
             commit = HfApi().dataset_info(name, revision=revision).sha
         split = _pick_split(name, split, datasets.get_dataset_split_names(name, revision=commit))
-        data = datasets.load_dataset(name, split=split, revision=commit, streaming=streaming)
+        data = datasets.load_dataset(name, split=split, revision=commit, streaming=options.streaming)
     except InputError:
         raise
     except Exception as error:
         raise _unreadable(f"{name}: no such local file, and as a dataset of the hub it", error) from error
     digest = xxhash.xxh3_128(json.dumps([name, commit, split]).encode()).hexdigest()
-    return RowSource(name, digest, [_Part(f"{name} ({split})", data, False)], streaming)
+    return RowSource(name, digest, [_Part(f"{name} ({split})", data, False)], options.streaming, limit)
 
 
 def _pick_split(name: str, split: str | None, splits: list[str]) -> str:

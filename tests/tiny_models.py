@@ -90,9 +90,8 @@ class OddModel(nn.Module):
         self.config = SimpleNamespace(num_hidden_layers=3)
         self.embed = nn.Embedding(VOCAB, HIDDEN)
         blocks = [nn.Linear(HIDDEN, HIDDEN) for _ in range(3)]
-        self.layers = (
-            nn.ModuleDict({str(i): b for i, b in enumerate(blocks)}) if layers == "dict" else blocks_of(blocks)
-        )
+        by_name = {str(i): block for i, block in enumerate(blocks)}
+        self.layers = nn.ModuleDict(by_name) if layers == "dict" else nn.ModuleList(blocks)
         self.mix, self.output, self.wrap = mix, output, wrap
         for block in blocks:
             block.register_forward_hook(lambda _m, _i, h: self.wrap(h))
