@@ -1,0 +1,38 @@
+"""Shared by all tests: a chat dataset and a tiny target, made once a session by the project's own scripts."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT / "scripts", ROOT / "tests"):
+    sys.path.insert(0, str(folder))
+
+# Before anything imports datasets: no network, and nothing left in the user's cache folder.
+_datasets_cache = tempfile.TemporaryDirectory(prefix="dflash-cache-tests-")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=_datasets_cache.name, HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+
+
+@pytest.fixture(scope="session")
+def demo_jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 conversations with ``messages``."""
+    import make_demo_data
+
+    path = tmp_path_factory.mktemp("demo") / "train.jsonl"
+    make_demo_data.write_demo_data(path, 300)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_target(tmp_path_factory: pytest.TempPathFactory, demo_jsonl: Path) -> Path:
+    """Folder of a 6-layer, 64-wide Qwen3 with random weights and a tokenizer of 2,048 entries."""
+    import make_tiny_target
+
+    path = tmp_path_factory.mktemp("target") / "tiny"
+    make_tiny_target.make_tiny_target(path, demo_jsonl, layers=6, hidden_size=64, vocab_size=2048)
+    return path
