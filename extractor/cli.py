@@ -7,6 +7,7 @@ Exit codes: 0 done or whole, 1 failed on the way or damaged, 2 could not start (
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from dataclasses import asdict
@@ -338,6 +339,9 @@ def _options(arguments: dict[str, Any]) -> Any:
 def main() -> None:
     """Entry point of the console command."""
     debug = "--debug" in sys.argv
+    if not sys.stderr.isatty():
+        # The libraries' own progress bars would fill a log file; ours writes a line now and then.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
     except KeyboardInterrupt:

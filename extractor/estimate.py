@@ -68,8 +68,10 @@ def estimate(options: ExtractOptions) -> Estimate:
     tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
     source = open_source(options.data, options.prepare.limit)
 
-    lengths, loss_tokens, dropped, per_row = [], 0, {}, []
-    read = 0
+    lengths: list[int] = []
+    per_row: list[int] = []
+    dropped: dict[str, int] = {}
+    loss_tokens = read = 0
     spans = _spans(source.num_rows)
     with Reporter("estimate", sum(stop - start for start, stop in spans), "rows") as reporter:
         for start, stop in spans:

@@ -73,7 +73,7 @@ class HiddenStateExtractor:
 
     @torch.inference_mode()
     def nonfinite(self, rows: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Which samples of ``rows [sum(lengths), L*H]`` have NaN or Inf, at which layer: bool ``[B, L]``, same device."""
+        """Which samples of ``rows [sum(lengths), L*H]`` have NaN or Inf, at which layer: bool ``[B, L]``, there too."""
         layers = len(self.target.target_layer_ids)
         # One pass: NaN and Inf survive a float32 sum, and finite states cannot add up to one.
         by_token = rows.view(len(rows), layers, -1).sum(-1, dtype=torch.float32).isfinite().logical_not()

@@ -30,7 +30,7 @@ def inputs_identity(
         "target_layer_ids": target_layer_ids,
         "dtype": dtype,
         "codec": {"name": "raw"},
-        "data": data_digest,
+        "data.digest": data_digest,
         **asdict(options.prepare),
         "on_nonfinite": options.on_nonfinite,
         **asdict(options.plan),

@@ -48,8 +48,8 @@ class HFDFlashTargetModel:
 
     def _num_hidden_layers(self) -> int:
         config: Any = self.model.config
-        text_config = getattr(config, "text_config", None)
-        return int(getattr(config, "num_hidden_layers", None) or text_config.num_hidden_layers)
+        decoder = config if hasattr(config, "num_hidden_layers") else config.text_config
+        return int(decoder.num_hidden_layers)
 
     def _validate_layer_ids(self, target_layer_ids: Sequence[int]) -> list[int]:
         ids, num_layers = [int(i) for i in target_layer_ids], self._num_hidden_layers()

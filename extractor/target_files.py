@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from cache_format.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, HEAD_BIAS, write_embeddings
 from cache_format.storage import sync_tree
 
 
-def write_target_files(cache: Path, model: nn.Module, config: Any, tokenizer: Any) -> tuple[bool, float]:
+def write_target_files(cache: Path, model: Any, config: Any, tokenizer: Any) -> tuple[bool, float]:
     """Fill target/ durably.
 
     Returns:
