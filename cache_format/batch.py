@@ -27,6 +27,14 @@ class DFlashTargetBatch:
     """``[B, S]`` int64: 1 where the draft is trained on the token"""
     logits: Tensor | None = None
     """``[B, S, V]``: the target's logits, where they were asked for (``capture_logits=True``)"""
+    last_hidden_states: Tensor | None = None
+    """``[B, S, H]``, stored dtype: what the target's LM head takes, after the final norm"""
+    logits_topk_values: Tensor | None = None
+    """``[B, S, K]``, stored dtype: the target's largest logits, in descending order"""
+    logits_topk_ids: Tensor | None = None
+    """``[B, S, K]`` int64: their token ids"""
+    logits_logsumexp: Tensor | None = None
+    """``[B, S]`` float32: log-sum-exp of all the target's logits; ``exp(value - logsumexp)`` is a probability"""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DFlashTargetBatch:
         """A batch with every tensor on ``device``; the same tensors where they are there already."""

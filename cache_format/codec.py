@@ -46,8 +46,8 @@ class RawCodec:
         return (TokenTensor("hidden_states", DTYPE_NAMES[dtype], width),)
 
     def encode(self, rows: Tensor, stored: Mapping[str, Tensor]) -> None:
-        """Write rows ``[T, width]`` into the tensors named by :meth:`tensors`."""
-        stored["hidden_states"].copy_(rows)
+        """Write rows ``[T, width]`` into the tensors named by :meth:`tensors`, without waiting for the device."""
+        stored["hidden_states"].copy_(rows, non_blocking=True)
 
     def decode(self, stored: Mapping[str, Tensor]) -> Tensor:
         """The rows ``[T, width]``; shares memory with ``stored``."""

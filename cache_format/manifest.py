@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import xxhash
 
+from cache_format.captures import Captures
 from cache_format.codec import Codec, codec_from_dict
 from cache_format.errors import CacheError, MismatchError, StorageError
 from cache_format.safetensors_file import DTYPES
@@ -98,6 +99,8 @@ class Manifest:
     target_layer_ids: list[int]
     dtype: str
     codec: dict[str, Any]
+    capture: dict[str, Any]
+    """see captures.py"""
     created_with: dict[str, str]
     """software versions of the run that began the cache; for information, not part of the identity"""
     fingerprint: str = ""
@@ -117,6 +120,7 @@ class Manifest:
             raise ValueError("hidden_size and vocab_size must be at least 1")
         torch_dtype(self.dtype)
         codec_from_dict(self.codec)
+        Captures.from_dict(self.capture)
         if self.state != "preparing":
             if self.data is None or self.totals is None or min(asdict(self.totals).values()) < 0:
                 raise ValueError(f"state {self.state} needs data and totals")
@@ -141,7 +145,10 @@ class Manifest:
     def schema(self) -> ShardSchema:
         """What the cache's shards have in common."""
         codec: Codec = codec_from_dict(self.codec)
-        return ShardSchema(fingerprint=self.fingerprint, codec=codec, dtype=self.torch_dtype, width=self.width)
+        captures = Captures.from_dict(self.capture).tensors(self.torch_dtype, self.hidden_size)
+        return ShardSchema(
+            fingerprint=self.fingerprint, codec=codec, dtype=self.torch_dtype, width=self.width, captures=captures
+        )
 
     def extracting(self, identity: Mapping[str, Any], **changes: Any) -> Manifest:
         """The manifest of state extracting: the identity is now whole and gets its fingerprint."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from cache_format.batch import DFlashTargetBatch
@@ -140,6 +141,7 @@ class FeatureCache(Dataset):
             input_ids=stored["input_ids"].to(torch.int64).unsqueeze(0),
             attention_mask=stored["attention_mask"].to(torch.int64).unsqueeze(0),
             loss_mask=stored["loss_mask"].to(torch.int64).unsqueeze(0),
+            **{t.name: _widened(stored[t.name]).unsqueeze(0) for t in self._schema.captures},
         )
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> DFlashTargetBatch:
@@ -164,7 +166,8 @@ class FeatureCache(Dataset):
             ids[row, :length] = sample.input_ids[0]
             attention[row, :length] = sample.attention_mask[0]
             loss[row, :length] = sample.loss_mask[0]
-        return DFlashTargetBatch(hidden, ids, attention, loss)
+        extra = {t.name: pad_sequence([getattr(s, t.name)[0] for s in samples], True) for t in self._schema.captures}
+        return DFlashTargetBatch(hidden, ids, attention, loss, **extra)
 
     def loader(
         self, batch_size: int, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False
@@ -224,6 +227,11 @@ class _MappedShard:
         count = (stop - start) * place.row_bytes // place.itemsize
         flat = torch.frombuffer(self._map, dtype=DTYPES[place.dtype], count=count, offset=offset)
         return flat.view(stop - start, *place.shape[1:])
+
+
+def _widened(stored: Tensor) -> Tensor:
+    """Token ids are int64 in a batch; everything else is as stored."""
+    return stored.to(torch.int64) if stored.dtype == torch.int32 else stored
 
 
 def _reopen(path: str, options: dict[str, Any]) -> FeatureCache:

@@ -45,12 +45,15 @@ class ShardSchema:
     """stored dtype of hidden_states before the codec"""
     width: int
     """``L*H``: captured layers times hidden size"""
+    captures: tuple[TokenTensor, ...] = ()
+    """tensors of what else is captured, see captures.py"""
 
     @cached_property
     def token_tensors(self) -> tuple[TokenTensor, ...]:
         """The tensors with a row for each token, in file order."""
         tensors = [
             *self.codec.tensors(self.dtype, self.width),
+            *self.captures,
             TokenTensor("input_ids", "I32"),
             TokenTensor("attention_mask", "U8"),
             TokenTensor("loss_mask", "U8"),

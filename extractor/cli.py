@@ -140,6 +140,15 @@ MinLossTokens = Annotated[
         rich_help_panel=_SAMPLES,
     ),
 ]
+Capture = Annotated[
+    list[str],
+    typer.Option(
+        help="Beside hidden_states: last_hidden_states (what the LM head takes; DSpark) or logits-topk=K (the K "
+        "largest logits and the log-sum-exp; JetSpec). May be given twice. The whole target is then run.",
+        rich_help_panel=_TARGET,
+        show_default=False,
+    ),
+]
 ShardSize = Annotated[str, typer.Option(help="Largest shard file.", rich_help_panel=_SIZES)]
 BatchTokens = Annotated[
     int,
@@ -166,6 +175,7 @@ def extract(
     out: Annotated[Path, typer.Option(help="Folder of the cache: new, or begun by the same command.")],
     target_layers: TargetLayers = None,
     num_draft_layers: NumDraftLayers = 5,
+    capture: Capture = [],  # noqa: B006
     dtype: Dtype = "auto",
     device: Device = "auto",
     attn_implementation: Attention = None,
@@ -217,6 +227,7 @@ def estimate(
     out: Annotated[Path | None, typer.Option(help="Folder whose disk is looked at for free space.")] = None,
     target_layers: TargetLayers = None,
     num_draft_layers: NumDraftLayers = 5,
+    capture: Capture = [],  # noqa: B006
     dtype: Dtype = "auto",
     device: Device = "auto",
     revision: Revision = None,
@@ -311,7 +322,7 @@ def verify(
 
 def _options(arguments: dict[str, Any]) -> Any:
     """The command line as an ExtractOptions."""
-    from extractor.config import DataOptions, ExtractOptions, TargetOptions, parse_size
+    from extractor.config import DataOptions, ExtractOptions, TargetOptions, parse_captures, parse_size
     from extractor.layer_ids import parse_layer_ids
     from extractor.plan import PlanOptions
     from extractor.prepare import PrepareOptions
@@ -332,6 +343,7 @@ def _options(arguments: dict[str, Any]) -> Any:
             **taken("max_length", "too_long", "min_loss_tokens", "loss_on", "row_format", "on_bad_row", "limit")
         ),
         plan=PlanOptions(shard_bytes=parse_size(arguments["shard_size"]), batch_tokens=arguments["batch_tokens"]),
+        capture=parse_captures(arguments["capture"]),
         **taken("on_nonfinite"),
     )
 

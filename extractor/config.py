@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cache_format.captures import Captures
 from cache_format.errors import InputError
 from extractor.layer_ids import default_target_layer_ids
 from extractor.plan import PlanOptions
@@ -69,12 +71,32 @@ class ExtractOptions:
     data: DataOptions
     prepare: PrepareOptions = field(default_factory=PrepareOptions)
     plan: PlanOptions = field(default_factory=PlanOptions)
+    capture: Captures = field(default_factory=Captures)
+    """beside hidden_states"""
     on_nonfinite: str = "fail"
     """fail, or quarantine: leave samples with NaN or Inf out and list them"""
 
     def __post_init__(self) -> None:
         if self.on_nonfinite not in ("fail", "quarantine"):
             raise InputError(f"--on-nonfinite {self.on_nonfinite!r}: choose fail or quarantine")
+
+
+def parse_captures(texts: Sequence[str]) -> Captures:
+    """``["last_hidden_states", "logits-topk=64"]`` -> Captures.
+
+    Raises:
+        InputError: something else.
+    """
+    captures = Captures()
+    for text in texts:
+        name, _, number = text.partition("=")
+        if text == "last_hidden_states":
+            captures = replace(captures, last_hidden_states=True)
+        elif name == "logits-topk" and number.isdigit() and int(number) > 0:
+            captures = replace(captures, logits_topk=int(number))
+        else:
+            raise InputError(f"--capture {text!r}: choose last_hidden_states or logits-topk=K, such as logits-topk=64")
+    return captures
 
 
 def parse_size(text: str) -> int:

@@ -42,6 +42,8 @@ class Estimate:
     """95 % of the time the true number of tokens is within this fraction; 0 where exact"""
     target_layer_ids: list[int]
     token_bytes: int
+    capture_bytes: int
+    """of these, for --capture"""
     shards: int
     shard_bytes: int
     padding: float
@@ -91,7 +93,11 @@ def estimate(options: ExtractOptions) -> Estimate:
     rows = source.num_rows if source.num_rows is not None else (read if read < MAX_ROWS else None)
     scale = 1.0 if rows is None else rows / read
     schema = ShardSchema(
-        fingerprint="0" * 64, codec=RawCodec(), dtype=torch_dtype(dtype), width=len(layer_ids) * shape.hidden_size
+        fingerprint="0" * 64,
+        codec=RawCodec(),
+        dtype=torch_dtype(dtype),
+        width=len(layer_ids) * shape.hidden_size,
+        captures=options.capture.tensors(torch_dtype(dtype), shape.hidden_size),
     )
     plan = Plan(np.resize(np.asarray(lengths), round(len(lengths) * scale)), schema.token_bytes, options.plan)
     exact = rows is not None and read >= rows
@@ -105,6 +111,7 @@ def estimate(options: ExtractOptions) -> Estimate:
         relative_error=0.0 if exact else float(1.96 * np.std(per_row) / math.sqrt(read) / np.mean(per_row)),
         target_layer_ids=layer_ids,
         token_bytes=schema.token_bytes,
+        capture_bytes=sum(tensor.row_bytes for tensor in schema.captures),
         shards=len(plan),
         shard_bytes=int(plan.shard_bytes(schema).sum()),
         padding=_padding(plan),
@@ -117,13 +124,14 @@ def describe(result: Estimate) -> str:
     about = "" if result.relative_error == 0 else f" (+- {100 * result.relative_error:.1f} %, 95 % of the time)"
     rows = f"{result.rows:,}" if result.rows is not None else "unknown (streamed)"
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(result.dropped.items()) if count)
+    captures = f", {result.capture_bytes:,} B of them for --capture" if result.capture_bytes else ""
     lines = [
         ("rows", f"{rows}; {result.rows_read:,} read, dropped of these: {dropped or 'none'}"),
         ("target_layer_ids", ", ".join(map(str, result.target_layer_ids))),
         ("samples", f"{result.samples:,}"),
         ("tokens", f"{result.tokens:,}{about}; {result.loss_tokens:,} learned"),
         ("shards", f"{result.shards:,}"),
-        ("size of shards", f"{size(result.shard_bytes)} ({result.token_bytes:,} B a token)"),
+        ("size of shards", f"{size(result.shard_bytes)} ({result.token_bytes:,} B a token{captures})"),
         ("padding", f"{100 * result.padding:.1f} % of the tokens computed; none of it is stored"),
         ("free on the disk", size(result.free_bytes)),
     ]

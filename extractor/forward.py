@@ -1,4 +1,4 @@
-"""The extractor's own way through the target: right-padded, stopped after the last captured layer, real tokens only.
+"""The extractor's own way through the target: right-padded, stopped as soon as all is captured, real tokens only.
 
 With a causal target a token never sees what stands to its right, so right-padding needs no attention mask, and
 without a mask the fastest attention kernel is taken. Whether that holds for a target is tried out, not assumed.
@@ -6,12 +6,13 @@ without a mask the fastest attention kernel is taken. Whether that holds for a t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cache_format.captures import LAST_HIDDEN_STATES, LOGSUMEXP, TOPK_IDS, TOPK_VALUES, Captures
 from cache_format.errors import InputError
 from extractor.target import HFDFlashTargetModel
 
@@ -21,69 +22,131 @@ PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-
 """Largest difference, as a share of the states' RMS, that passes as rounding (experts may be batched differently)."""
 
 
-class _LastLayerDone(Exception):
-    """Raised by the hook on the last captured layer; nothing after it is computed."""
+_ROWS_OF_LOGITS = 1024
+"""Rows whose logits are reduced at once, in float32: 0.6 GB for a vocabulary of 150,000."""
+
+
+class _Enough(Exception):
+    """Raised by a hook once all that is captured is there; nothing after it is computed."""
 
 
 class HiddenStateExtractor:
-    """Runs batches through a hooked target; the model's own code after the last captured layer never runs."""
+    """Runs batches through a hooked target; the model's own code after the last thing captured never runs."""
 
-    def __init__(self, target: HFDFlashTargetModel, padding: str):
-        """``padding``: ``unmasked`` or ``masked``, as :func:`padding_mode` found it for this target."""
+    def __init__(self, target: HFDFlashTargetModel, padding: str, captures: Captures | None = None):
+        """``padding``: ``unmasked`` or ``masked``, as :func:`padding_mode` found it for this target.
+
+        Raises:
+            InputError: captures that need an LM head, and the target has none or one too small.
+        """
         if padding not in (UNMASKED, MASKED):
             raise ValueError(f"padding {padding!r} is not {UNMASKED} or {MASKED}")
-        self.target, self.padding = target, padding
+        self.target, self.padding, self.captures = target, padding, captures or Captures()
         ids = target.target_layer_ids
         self._last = ids.index(max(ids))
+        self._head = None
+        if self.captures != Captures():
+            self._head = target.model.get_output_embeddings()  # type: ignore[operator]
+            if self._head is None:
+                raise InputError(f"--capture: {type(target.model).__name__} has no LM head")
+            if self.captures.logits_topk > self._head.weight.shape[0]:
+                raise InputError(f"--capture logits-topk={self.captures.logits_topk}: more than the vocabulary")
 
     @torch.inference_mode()
-    def forward(self, input_ids: Tensor, lengths: Sequence[int], out: Tensor) -> None:
+    def forward(
+        self, input_ids: Tensor, lengths: Sequence[int], out: Tensor, extra: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Fill ``out [sum(lengths), L*H]`` with the states of the real tokens, row after row of the batch.
 
         Args:
             input_ids: ``[B, S]`` int64 on the target's device, right-padded.
             lengths: real tokens of each row, B of them.
             out: on the target's device, in the stored dtype.
+            extra: the captures' tensors by name, each with as many rows as ``out``.
 
         Raises:
             RuntimeError: a captured layer did not run.
         """
-        batch, longest = input_ids.shape
-        real = _real_tokens(lengths, longest, input_ids.device)
+        real = _real_tokens(lengths, input_ids.shape[1], input_ids.device)
         width = out.shape[1] // len(self.target.target_layer_ids)
         written = set()
 
         def write(position: int, output: Tensor) -> None:
-            columns = out[:, position * width : (position + 1) * width]
-            rows = output.reshape(batch * longest, width)
-            columns.copy_(rows if real is None else rows.index_select(0, real.to(rows.device)))
+            out[:, position * width : (position + 1) * width].copy_(_rows(output, real))
             written.add(position)
-            if position == self._last:
-                raise _LastLayerDone
+            if position == self._last and self._head is None:
+                raise _Enough
 
         mask = None
         if self.padding == MASKED:
             mask = torch.zeros_like(input_ids)
             for row, length in enumerate(lengths):
                 mask[row, :length] = 1
-        with self.target.hooked(write), suppress(_LastLayerDone):
-            self.target.model(input_ids=input_ids, attention_mask=mask, **self.target.forward_flags())
+        with self.target.hooked(write), self._hooked_head(real, extra or {}), suppress(_Enough):
+            output = self.target.model(input_ids=input_ids, attention_mask=mask, **self.target.forward_flags())
+            self._write_topk(output.logits, real, extra or {})
         if len(written) != len(self.target.target_layer_ids):
             raise RuntimeError(f"Expected {len(self.target.target_layer_ids)} captured layers but got {len(written)}")
 
+    @contextmanager
+    def _hooked_head(self, real: Tensor | None, extra: Mapping[str, Tensor]) -> Iterator[None]:
+        """Take the LM head's input as last_hidden_states; stop there unless its logits are wanted."""
+
+        def before(_head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if LAST_HIDDEN_STATES in extra:
+                extra[LAST_HIDDEN_STATES].copy_(_rows(inputs[0], real))
+            if TOPK_IDS not in extra:
+                raise _Enough
+
+        if self._head is None:
+            yield
+            return
+        handle = self._head.register_forward_pre_hook(before)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _write_topk(self, logits: Tensor, real: Tensor | None, extra: Mapping[str, Tensor]) -> None:
+        rows = _rows(logits, real)
+        for start in range(0, len(rows), _ROWS_OF_LOGITS):
+            part = slice(start, start + _ROWS_OF_LOGITS)
+            top = rows[part].topk(self.captures.logits_topk, dim=-1)
+            extra[TOPK_VALUES][part] = top.values
+            extra[TOPK_IDS][part] = top.indices
+            extra[LOGSUMEXP][part] = rows[part].float().logsumexp(-1)
+
+    @property
+    def checked(self) -> list[str]:
+        """What the columns of :meth:`nonfinite` stand for."""
+        names = [f"layer {layer_id}" for layer_id in self.target.target_layer_ids]
+        names += [LAST_HIDDEN_STATES] if self.captures.last_hidden_states else []
+        return names + ([LOGSUMEXP] if self.captures.logits_topk else [])
+
     @torch.inference_mode()
-    def nonfinite(self, rows: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Which samples of ``rows [sum(lengths), L*H]`` have NaN or Inf, at which layer: bool ``[B, L]``, there too."""
-        layers = len(self.target.target_layer_ids)
+    def nonfinite(self, out: Tensor, lengths: Sequence[int], extra: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Which samples have NaN or Inf, and where: bool ``[B, len(checked)]`` on the device of ``out``."""
+        extra, layers = extra or {}, len(self.target.target_layer_ids)
         # One pass: NaN and Inf survive a float32 sum, and finite states cannot add up to one.
-        by_token = rows.view(len(rows), layers, -1).sum(-1, dtype=torch.float32).isfinite().logical_not()
+        sums = [out.view(len(out), layers, -1).sum(-1, dtype=torch.float32)]
+        if LAST_HIDDEN_STATES in extra:
+            sums.append(extra[LAST_HIDDEN_STATES].sum(-1, keepdim=True, dtype=torch.float32))
+        if LOGSUMEXP in extra:
+            sums.append(extra[LOGSUMEXP][:, None])
+        by_token = torch.cat(sums, dim=1).isfinite().logical_not()
         samples = torch.repeat_interleave(
-            torch.arange(len(lengths), device=rows.device),
-            torch.tensor(lengths, device=rows.device),
-            output_size=len(rows),
+            torch.arange(len(lengths), device=out.device),
+            torch.tensor(lengths, device=out.device),
+            output_size=len(out),
         )
-        found = torch.zeros(len(lengths), layers, dtype=torch.int32, device=rows.device)
+        found = torch.zeros(len(lengths), by_token.shape[1], dtype=torch.int32, device=out.device)
         return found.index_add_(0, samples, by_token.to(torch.int32)).bool()
+
+
+def _rows(output: Tensor, real: Tensor | None) -> Tensor:
+    """``[B, S, F]`` -> ``[real tokens, F]``; a view where there is no padding."""
+    flat = output.reshape(-1, output.shape[-1])
+    return flat if real is None else flat.index_select(0, real.to(flat.device))
 
 
 def _real_tokens(lengths: Sequence[int], longest: int, device: torch.device) -> Tensor | None:

@@ -30,6 +30,7 @@ def inputs_identity(
         "target_layer_ids": target_layer_ids,
         "dtype": dtype,
         "codec": {"name": "raw"},
+        "capture": options.capture.to_dict(),
         "data.digest": data_digest,
         **asdict(options.prepare),
         "on_nonfinite": options.on_nonfinite,

@@ -46,6 +46,7 @@ def describe(summary: dict[str, Any]) -> str:
         ("target_layer_ids", ", ".join(map(str, summary["target_layer_ids"]))),
         ("hidden_states", f"{len(summary['target_layer_ids'])} x {target['hidden_size']}, {summary['dtype']}"),
         ("codec", summary["codec"]["name"]),
+        ("capture", ", ".join(f"{name} {value}" for name, value in summary["capture"].items() if value) or "none"),
     ]
     if totals:
         stored = totals["samples"] - len(summary["quarantined"])

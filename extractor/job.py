@@ -146,6 +146,7 @@ class _Job:
             target_layer_ids=self.layer_ids,
             dtype=self.dtype,
             codec=self.identity["codec"],
+            capture=self.options.capture.to_dict(),
             created_with=software(),
         )
 
@@ -177,7 +178,6 @@ class _Job:
                 samples=samples,
                 extractor=extractor,
                 device=self.device,
-                target_layer_ids=self.layer_ids,
                 on_nonfinite=self.options.on_nonfinite,
             )
             stats = self._run(runner, missing, len(plan))
@@ -225,7 +225,8 @@ class _Job:
         target = HFDFlashTargetModel(model, self.layer_ids)
         mode = padding_mode(target, longest=int(samples.num_tokens.max()))
         attention = getattr(model.config, "_attn_implementation", None) or "eager"
-        return target, HiddenStateExtractor(target, mode), {"attn_implementation": attention, "padding": mode}
+        extractor = HiddenStateExtractor(target, mode, self.options.capture)
+        return target, extractor, {"attn_implementation": attention, "padding": mode}
 
     def _planned(
         self,

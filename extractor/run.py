@@ -53,7 +53,6 @@ class ShardRunner:
     samples: PreparedSamples
     extractor: HiddenStateExtractor
     device: torch.device
-    target_layer_ids: list[int]
     on_nonfinite: str
     """``fail``, or ``quarantine``: leave the sample out of its shard"""
 
@@ -108,9 +107,13 @@ class ShardRunner:
             first, last = int(buffer.cu_seqlens[batch.start]), int(buffer.cu_seqlens[batch.stop])
             input_ids = self._collate(shard.sample_ids[batch], lengths, stored, first)
             rows = torch.empty(last - first, self.schema.width, dtype=self.schema.dtype, device=self.device)
-            self.extractor.forward(input_ids.to(self.device, non_blocking=True), lengths.tolist(), rows)
-            nonfinite.append(self.extractor.nonfinite(rows, lengths.tolist()))
-            self.schema.codec.encode(rows, {name: tensor[first:last] for name, tensor in stored.items()})
+            places = {name: tensor[first:last] for name, tensor in stored.items()}
+            extra = {t.name: torch.empty_like(places[t.name], device=self.device) for t in self.schema.captures}
+            self.extractor.forward(input_ids.to(self.device, non_blocking=True), lengths.tolist(), rows, extra)
+            nonfinite.append(self.extractor.nonfinite(rows, lengths.tolist(), extra))
+            self.schema.codec.encode(rows, places)
+            for name, tensor in extra.items():
+                places[name].copy_(tensor, non_blocking=True)
             stats.samples += len(lengths)
             stats.tokens += last - first
             stats.padded_tokens += input_ids.numel()
@@ -157,10 +160,10 @@ class ShardRunner:
     def _refuse_unless_quarantined(self, shard: ShardPlan, bad: Tensor) -> None:
         if self.on_nonfinite == "quarantine":
             return
-        position, layer = bad.nonzero()[0].tolist()
+        position, column = bad.nonzero()[0].tolist()
         sample_id = int(shard.sample_ids[position])
         raise NonFiniteError(
             f"sample {sample_id} (dataset row {self.samples.source_rows[sample_id]}, shard {shard.number}): the target "
-            f"gave NaN or Inf at layer {self.target_layer_ids[layer]}; nothing of this shard was stored. "
+            f"gave NaN or Inf at {self.extractor.checked[column]}; nothing of this shard was stored. "
             "Try --dtype bfloat16 or float32, or --on-nonfinite quarantine to leave such samples out and list them."
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cache_format.captures import Captures
 from cache_format.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, write_embeddings
 from cache_format.manifest import DataInfo, Manifest, TargetInfo, Totals, torch_dtype
 from cache_format.samples import PartInfo, PreparedSamples, Sample, part_path, write_part
@@ -71,6 +72,7 @@ def write_cache(
         target_layer_ids=LAYER_IDS,
         dtype=dtype,
         codec={"name": "raw"},
+        capture=Captures().to_dict(),
         created_with={},
     )
     schema_bytes = begun.schema().token_bytes

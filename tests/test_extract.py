@@ -338,9 +338,32 @@ def test_memory_does_not_grow_with_the_dataset(tiny_target, demo_jsonl, tmp_path
             capture_output=True,
             text=True,
             check=True,
-            env=os.environ,
         )
         peaks.append(int(result.stdout.split()[-1]) / 1024)
         assert (tmp_path / str(limit) / "index.arrow").exists()
     print(f"peak MiB at 600 and 6,000 rows: {peaks}")
     assert peaks[1] < peaks[0] + 100
+
+
+def test_captures_come_out_of_the_reader(job, tmp_path, cli, online):
+    captures = ["--capture", "last_hidden_states", "--capture", "logits-topk=5"]
+    estimated = json.loads(cli("estimate", *job, *captures, "--json")[1])
+    code, _, err = cli("extract", *job, *captures, "--out", tmp_path / "c")
+    assert code == 0, err
+    assert estimated["shard_bytes"] == sum(path.stat().st_size for path in (tmp_path / "c" / "shards").iterdir())
+    assert estimated["capture_bytes"] == 64 * 4 + 5 * 8 + 4
+    assert verify(tmp_path / "c").whole
+    cache = FeatureCache.open(tmp_path / "c")
+    batch = cache.batch([3, 9])
+    with torch.no_grad():
+        live = online.model(input_ids=batch.input_ids, output_hidden_states=True)
+    real = batch.attention_mask.bool()
+    torch.testing.assert_close(batch.last_hidden_states[real], live.hidden_states[-1][real], rtol=1e-4, atol=1e-4)
+    assert batch.logits_topk_ids.dtype == torch.int64
+    picked = live.logits.gather(2, batch.logits_topk_ids)
+    torch.testing.assert_close(batch.logits_topk_values[real], picked[real], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(batch.logits_logsumexp[real], live.logits.logsumexp(-1)[real], rtol=1e-4, atol=1e-4)
+    assert not batch.logits_topk_values[~real].any()
+    code, _, err = cli("extract", *job, "--out", tmp_path / "c")
+    assert (code, "  capture: cache has" in err) == (2, True)
+    assert cli("extract", *job, "--capture", "everything", "--out", tmp_path / "d")[0] == 2

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_models import BUILDERS, HIDDEN, VOCAB, OddModel, bidirectional, build, careless, causal, qwen3
 
+from cache_format.captures import Captures
 from cache_format.errors import InputError
 from extractor.forward import MASKED, UNMASKED, HiddenStateExtractor, padding_mode
 from extractor.target import HFDFlashTargetModel
@@ -85,3 +86,52 @@ def test_nothing_is_kept_for_gradients_and_hooks_are_removed():
     rows = run(HFDFlashTargetModel(model, [0]), UNMASKED)
     assert not rows.requires_grad
     assert not model.model.layers[0]._forward_hooks
+
+
+@pytest.mark.parametrize("builder", BUILDERS, ids=lambda b: b.__name__)
+def test_captures_are_the_heads_input_and_the_models_own_logits(builder):
+    model = build(builder)
+    target = HFDFlashTargetModel(model, [1])
+    extractor = HiddenStateExtractor(target, UNMASKED, Captures(last_hidden_states=True, logits_topk=7))
+    rows = sum(LENGTHS)
+    extra = {
+        "last_hidden_states": torch.empty(rows, HIDDEN),
+        "logits_topk_values": torch.empty(rows, 7),
+        "logits_topk_ids": torch.empty(rows, 7, dtype=torch.int32),
+        "logits_logsumexp": torch.empty(rows),
+    }
+    out = torch.empty(rows, HIDDEN)
+    extractor.forward(padded_ids(), LENGTHS, out, extra)
+    assert torch.equal(out, run(target, UNMASKED))
+    first = 0
+    for row, length in zip(padded_ids(), LENGTHS, strict=True):
+        with torch.no_grad():
+            whole = model(input_ids=row[None, :length], output_hidden_states=True)
+        part = slice(first, first + length)
+        torch.testing.assert_close(extra["last_hidden_states"][part], whole.hidden_states[-1][0], rtol=1e-4, atol=1e-4)
+        top = whole.logits[0].topk(7)
+        torch.testing.assert_close(extra["logits_topk_values"][part], top.values, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(extra["logits_logsumexp"][part], whole.logits[0].logsumexp(-1), rtol=1e-4, atol=1e-4)
+        got = whole.logits[0].gather(1, extra["logits_topk_ids"][part].long())
+        torch.testing.assert_close(got, top.values, rtol=1e-4, atol=1e-4)
+        first += length
+    assert not extractor.nonfinite(out, LENGTHS, extra).any()
+    extra["last_hidden_states"][16, 0] = float("nan")
+    (found,) = extractor.nonfinite(out, LENGTHS, extra).nonzero().tolist()
+    assert (found[0], extractor.checked[found[1]]) == (1, "last_hidden_states")
+
+
+def test_last_hidden_states_alone_stop_before_the_head():
+    model = build(qwen3)
+    ran = []
+    model.lm_head.register_forward_hook(lambda *_args: ran.append("head"))
+    extractor = HiddenStateExtractor(HFDFlashTargetModel(model, [1]), UNMASKED, Captures(last_hidden_states=True))
+    extra = {"last_hidden_states": torch.empty(sum(LENGTHS), HIDDEN)}
+    extractor.forward(padded_ids(), LENGTHS, torch.empty(sum(LENGTHS), HIDDEN), extra)
+    assert ran == []
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_captures_that_cannot_be_made_are_refused():
+    with pytest.raises(InputError, match="vocabulary"):
+        HiddenStateExtractor(HFDFlashTargetModel(build(qwen3), [1]), UNMASKED, Captures(logits_topk=VOCAB + 1))
