@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from cache_format.errors import CacheError, StorageError
 from cache_format.manifest import TargetInfo
 from cache_format.safetensors_file import DTYPE_NAMES, plan_container, read_container
-from cache_format.shard import open_for_reading
-from cache_format.storage import committed, write_all
+from cache_format.storage import committed, inside, open_for_reading, write_all
 
 EMBEDDINGS_NAME = "target/embeddings.safetensors"
 EMBED = "embed_tokens.weight"
@@ -48,7 +47,7 @@ def write_embeddings(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _load(cache: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
-    path = cache / EMBEDDINGS_NAME
+    path = inside(cache, EMBEDDINGS_NAME)
     fd = open_for_reading(path)
     try:
         with open(fd, "rb") as file:

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from cache_format.arrow_file import read_batch, write_batch
 from cache_format.errors import CacheError
 from cache_format.shard import ShardFile, ShardSchema, shard_name
-from cache_format.storage import committed
+from cache_format.storage import inside
 
 INDEX_NAME = "index.arrow"
 SHARDS_NAME = "shards.arrow"
@@ -100,7 +101,7 @@ def tables_from_shards(cache: Path, schema: ShardSchema, numbers: Iterable[int])
     """
     rows, indexes = [], []
     for number in numbers:
-        with ShardFile(cache / shard_name(number), schema, number) as shard:
+        with ShardFile(inside(cache, shard_name(number)), schema, number) as shard:
             row, index = shard_rows(shard)
         rows.append(row)
         indexes.append(index)
@@ -162,23 +163,11 @@ def read_shards(path: Path, fingerprint: str) -> list[ShardRow]:
 
 def _write(path: Path, schema: pa.Schema, columns: list[pa.Array], fingerprint: str) -> None:
     schema = schema.with_metadata({_FINGERPRINT: fingerprint.encode()})
-    with committed(path) as file, pa.ipc.new_file(file, schema) as writer:
-        writer.write_batch(pa.record_batch(columns, schema=schema))
+    write_batch(path, pa.record_batch(columns, schema=schema))
 
 
 def _read(path: Path, schema: pa.Schema, fingerprint: str) -> pa.RecordBatch:
-    if not path.is_file():
-        raise CacheError(path, "is missing")
-    try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        if not reader.schema.equals(schema) or reader.num_record_batches != 1:
-            raise CacheError(path, f"is not a table of this format ({', '.join(schema.names)}; one record batch)")
-        if (reader.schema.metadata or {}).get(_FINGERPRINT) != fingerprint.encode():
-            raise CacheError(path, "belongs to another cache: its fingerprint differs from the manifest's")
-        batch = reader.get_batch(0)
-        batch.validate()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise CacheError(path, f"is damaged: {error}") from None
-    if any(column.null_count for column in batch.columns):
-        raise CacheError(path, "is damaged: it has nulls")
+    batch, metadata = read_batch(path, schema)
+    if metadata.get(_FINGERPRINT) != fingerprint.encode():
+        raise CacheError(path, "belongs to another cache: its fingerprint differs from the manifest's")
     return batch

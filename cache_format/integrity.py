@@ -143,13 +143,13 @@ class _Verification:
         if self.manifest.state != "complete":
             return
         try:
-            self.rows = read_shards(self.cache / SHARDS_NAME, self.manifest.fingerprint)
+            self.rows = read_shards(inside(self.cache, SHARDS_NAME), self.manifest.fingerprint)
             if len(self.rows) != totals.shards:
                 yield Problem(file=SHARDS_NAME, problem=f"lists {len(self.rows)} shards, the manifest {totals.shards}")
         except CacheError as error:
             yield self._problem(error)
         try:
-            self.index = read_index(self.cache / INDEX_NAME, self.manifest.fingerprint)
+            self.index = read_index(inside(self.cache, INDEX_NAME), self.manifest.fingerprint)
             yield from self._coverage(self.index, totals.samples)
         except CacheError as error:
             yield self._problem(error)

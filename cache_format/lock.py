@@ -1,4 +1,8 @@
-"""One writer a cache: an flock on ``.lock``, which dies with its process, and says who holds it."""
+"""One writer a cache: an flock on ``.lock``. It dies with its process, and its file says who holds it.
+
+Workers of one job share it: the first takes the lock alone, writes the job's name, and goes on sharing; others join
+if they are of the same job. An exclusive lock taken while any of them lives fails, and so does joining another job.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from cache_format.errors import DFlashCacheError, StorageError
 
 LOCK_NAME = ".lock"
+
+_TRIES, _PAUSE_SECONDS = 50, 0.05
+"""How long a worker waits for another of its job to go from holding the lock alone to sharing it."""
 
 
 class LockedError(DFlashCacheError):
@@ -21,53 +29,91 @@ class LockedError(DFlashCacheError):
 
 
 @contextmanager
-def exclusive(cache: Path) -> Iterator[None]:
-    """Hold the cache's writer lock; released on exit, and by the kernel if the process dies.
+def writing(cache: Path, job: str | None = None) -> Iterator[None]:
+    """Hold the cache's writer lock, alone or (with ``job``) together with the other workers of that job.
+
+    Released on exit, and by the kernel if the process dies.
 
     Raises:
-        LockedError: held by another process; names its host, pid and since when.
+        LockedError: held by another process or job; names its host, pid and since when.
         StorageError: the operating system refused.
     """
     path = cache / LOCK_NAME
     try:
-        fd = _acquire(path)
+        fd = _acquire(path, job)
     except OSError as error:
         raise StorageError(path, "lock", error) from error
     try:
         yield
     finally:
-        # Unlinked while still held: whoever opened the old file sees that its name is gone and tries again.
-        path.unlink(missing_ok=True)
-        os.close(fd)
+        _release(path, fd)
 
 
-def _acquire(path: Path) -> int:
-    while True:
+def _acquire(path: Path, job: str | None) -> int:
+    for _ in range(_TRIES):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        held = False
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _describe(os.pread(fd, 4096, 0))
-            os.close(fd)
-            raise LockedError(
-                f"{path.parent}: {holder} is writing this cache. Wait for it, or stop it; its lock goes with it."
-            ) from None
-        try:
-            current = os.stat(path).st_ino == os.fstat(fd).st_ino
-        except FileNotFoundError:
-            current = False
-        if current:
-            since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-            text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since})
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, text.encode(), 0)
+            held = _take(path, fd, job)
+        finally:
+            if not held:
+                holder = _holder(fd)
+                os.close(fd)
+        if held:
             return fd
-        os.close(fd)
+        if holder and (job is None or holder.get("job") != job):
+            break
+        time.sleep(_PAUSE_SECONDS)
+    raise LockedError(
+        f"{path.parent}: {_describe(holder)} is writing this cache. Wait for it, or stop it; its lock goes with it."
+    )
 
 
-def _describe(text: bytes) -> str:
+def _take(path: Path, fd: int, job: str | None) -> bool:
+    """Lock the open file: alone, or sharing with the same job. False where that cannot be had now."""
+    if _flock(fd, fcntl.LOCK_EX):
+        if not _is_current(path, fd):
+            return False
+        since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since, "job": job})
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, text.encode(), 0)
+        return job is None or _flock(fd, fcntl.LOCK_SH)
+    return job is not None and _flock(fd, fcntl.LOCK_SH) and _holder(fd).get("job") == job and _is_current(path, fd)
+
+
+def _release(path: Path, fd: int) -> None:
+    # Unlinked while held alone: whoever opened the old file sees that its name is gone and tries again.
+    if _flock(fd, fcntl.LOCK_EX) and _is_current(path, fd):
+        path.unlink(missing_ok=True)
+    os.close(fd)
+
+
+def _flock(fd: int, kind: int) -> bool:
     try:
-        holder = json.loads(text)
-        return f"process {holder['pid']} on host {holder['host']} (since {holder['since']})"
-    except (ValueError, KeyError, TypeError):
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_current(path: Path, fd: int) -> bool:
+    """Whether the open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except OSError:
+        return False
+
+
+def _holder(fd: int) -> dict[str, Any]:
+    try:
+        holder = json.loads(os.pread(fd, 4096, 0))
+    except (OSError, ValueError):
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    if not {"pid", "host", "since"} <= set(holder):
         return "another process"
+    return f"process {holder['pid']} on host {holder['host']} (since {holder['since']})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from cache_format.codec import Codec, codec_from_dict
 from cache_format.errors import CacheError, MismatchError, StorageError
 from cache_format.safetensors_file import DTYPES
 from cache_format.shard import FORMAT_NAME, FORMAT_VERSION, ShardSchema
-from cache_format.storage import committed, write_all
+from cache_format.storage import committed, inside, open_for_reading, write_all
 
 MANIFEST_NAME = "manifest.json"
 STATES = ("preparing", "extracting", "complete")
@@ -177,11 +178,11 @@ class Manifest:
             CacheError: missing, damaged, or of a format version that this package does not know.
         """
         path = cache / MANIFEST_NAME
+        if not os.path.lexists(path):
+            raise CacheError(cache, f"is not a feature cache: there is no {MANIFEST_NAME}")
         try:
-            with open(path, "rb") as file:
+            with open(open_for_reading(inside(cache, MANIFEST_NAME)), "rb") as file:
                 text = file.read(MAX_MANIFEST_BYTES + 1)
-        except (FileNotFoundError, NotADirectoryError):
-            raise CacheError(cache, f"is not a feature cache: there is no {MANIFEST_NAME}") from None
         except OSError as error:
             raise StorageError(path, "read", error) from error
         if len(text) > MAX_MANIFEST_BYTES:
@@ -206,12 +207,10 @@ def file_info(path: Path) -> FileInfo:
     """
     hasher, size = xxhash.xxh3_64(), 0
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open(open_for_reading(path), "rb", buffering=0) as file:
             while chunk := file.read(4 << 20):
                 hasher.update(chunk)
                 size += len(chunk)
-    except FileNotFoundError:
-        raise CacheError(path, "is missing") from None
     except OSError as error:
         raise StorageError(path, "read", error) from error
     return FileInfo(bytes=size, checksum=hasher.hexdigest())

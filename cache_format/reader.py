@@ -240,8 +240,8 @@ def _reopen(path: str, options: dict[str, Any]) -> FeatureCache:
 
 def _read_tables(folder: Path, manifest: Manifest) -> tuple[Index, int]:
     assert manifest.totals is not None
-    shards = read_shards(folder / SHARDS_NAME, manifest.fingerprint)
-    index = read_index(folder / INDEX_NAME, manifest.fingerprint)
+    shards = read_shards(inside(folder, SHARDS_NAME), manifest.fingerprint)
+    index = read_index(inside(folder, INDEX_NAME), manifest.fingerprint)
     samples = manifest.totals.samples - len(manifest.quarantined)
     if len(shards) != manifest.totals.shards or sum(row.samples for row in shards) != samples:
         raise CacheError(folder / SHARDS_NAME, f"does not list {manifest.totals.shards} shards of {samples:,} samples")

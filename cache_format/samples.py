@@ -18,8 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from cache_format.arrow_file import read_batch, write_batch
 from cache_format.errors import CacheError
-from cache_format.storage import committed
+from cache_format.storage import inside
 
 SCHEMA = pa.schema(
     [
@@ -92,8 +93,7 @@ def write_part(path: Path, samples: Sequence[Sample], info: PartInfo) -> None:
     ]
     meta = {"first_row": info.first_row, "stop_row": info.stop_row, "dropped": dict(sorted(info.dropped.items()))}
     schema = SCHEMA.with_metadata({_META: json.dumps(meta).encode()})
-    with committed(path) as file, pa.ipc.new_file(file, schema) as writer:
-        writer.write_batch(pa.record_batch(columns, schema=schema))
+    write_batch(path, pa.record_batch(columns, schema=schema))
 
 
 def read_part(path: Path) -> tuple[pa.RecordBatch, PartInfo]:
@@ -102,16 +102,13 @@ def read_part(path: Path) -> tuple[pa.RecordBatch, PartInfo]:
     Raises:
         CacheError: not an Arrow file, or not one of ours.
     """
+    batch, metadata = read_batch(path, SCHEMA)
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        if not reader.schema.equals(SCHEMA) or reader.num_record_batches != 1:
-            raise CacheError(path, "is not a prepared-samples file of this format")
-        meta = json.loads((reader.schema.metadata or {})[_META])
+        meta = json.loads(metadata[_META])
         info = PartInfo(meta["first_row"], meta["stop_row"], dict(meta["dropped"]))
-        batch = reader.get_batch(0)
         batch.validate(full=True)
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CacheError(path, f"cannot be read as prepared samples: {error}") from error
+    except (pa.ArrowException, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CacheError(path, f"cannot be read as prepared samples: {error}") from None
     return batch, info
 
 
@@ -132,7 +129,7 @@ class PreparedSamples:
         self.dropped: Counter[str] = Counter()
         self.num_rows = 0
         for number in range(num_parts):
-            batch, info = read_part(part_path(folder, number))
+            batch, info = read_part(inside(folder, part_path(folder, number).name))
             if info.first_row != self.num_rows:
                 raise CacheError(part_path(folder, number), f"begins at row {info.first_row}, not at {self.num_rows}")
             self.num_rows = info.stop_row

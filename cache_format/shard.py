@@ -21,7 +21,7 @@ from torch import Tensor
 from cache_format.codec import Codec, TokenTensor
 from cache_format.errors import CacheError, StorageError
 from cache_format.safetensors_file import DTYPES, PAGE, Container, TensorPlace, plan_container, read_container
-from cache_format.storage import committed, write_all
+from cache_format.storage import committed, open_for_reading, write_all
 
 FORMAT_NAME = "dflash-cache"
 FORMAT_VERSION = 1
@@ -270,22 +270,3 @@ class ShardFile:
         cu = self.cu_seqlens
         if cu[0] != 0 or cu[-1] != rows or (np.diff(cu) < 1).any() or (cu < 0).any():
             raise CacheError(self.path, f"cu_seqlens does not divide its {rows:,} tokens into samples")
-
-
-def open_for_reading(path: Path) -> int:
-    """A file descriptor of a regular file.
-
-    Raises:
-        CacheError: there is no such file, or it is a folder, device or pipe.
-        StorageError: the operating system refused.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        if not os.path.isfile(path):
-            os.close(fd)
-            raise CacheError(path, "is not a regular file")
-    except (FileNotFoundError, NotADirectoryError):
-        raise CacheError(path, "is missing") from None
-    except OSError as error:
-        raise StorageError(path, "open", error) from error
-    return fd

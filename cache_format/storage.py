@@ -33,6 +33,25 @@ def inside(root: Path, name: str) -> Path:
     return path
 
 
+def open_for_reading(path: Path) -> int:
+    """A file descriptor of a regular file.
+
+    Raises:
+        CacheError: there is no such file, or it is a folder, device or pipe.
+        StorageError: the operating system refused.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if not os.path.isfile(path):
+            os.close(fd)
+            raise CacheError(path, "is not a regular file")
+    except (FileNotFoundError, NotADirectoryError):
+        raise CacheError(path, "is missing") from None
+    except OSError as error:
+        raise StorageError(path, "open", error) from error
+    return fd
+
+
 def make_folder(path: Path) -> None:
     """Create ``path`` and its parents durably: the new name survives a power cut.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_format.errors import CacheError, InputError
-from cache_format.lock import exclusive
+from cache_format.lock import writing
 from cache_format.manifest import (
     MANIFEST_NAME,
     DataInfo,
@@ -70,7 +70,7 @@ def extract(options: ExtractOptions) -> ExtractReport:
     if stored is not None:
         require_same_identity(options.out, stored.identity, job.identity)
     make_folder(options.out)
-    with exclusive(options.out):
+    with writing(options.out):
         return job.run()
 
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from cache_format.errors import CacheError, StorageError
-from cache_format.lock import LockedError, exclusive
+from cache_format.lock import LockedError, writing
 from cache_format.storage import committed, inside, make_folder, remove_temporaries
 
 
@@ -76,8 +76,8 @@ def test_folders_are_made_with_their_parents(tmp_path):
 
 HOLD = (
     "import pathlib, sys, time\n"
-    "from cache_format.lock import exclusive\n"
-    "with exclusive(pathlib.Path(sys.argv[1])):\n"
+    "from cache_format.lock import writing\n"
+    "with writing(pathlib.Path(sys.argv[1])):\n"
     "    print('held', flush=True); time.sleep(60)\n"
 )
 
@@ -85,10 +85,40 @@ HOLD = (
 def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(LockedError, match=f"process {holder.pid} on host .*since"), exclusive(tmp_path):
+    with pytest.raises(LockedError, match=f"process {holder.pid} on host .*since"), writing(tmp_path):
         pass
     holder.kill()
     holder.wait()
-    with exclusive(tmp_path):
+    with writing(tmp_path):
         assert os.listdir(tmp_path) == [".lock"]
+    assert os.listdir(tmp_path) == []
+
+
+SHARE = (
+    "import pathlib, sys, time\n"
+    "from cache_format.lock import LockedError, writing\n"
+    "try:\n"
+    "    with writing(pathlib.Path(sys.argv[1]), job=sys.argv[2]):\n"
+    "        print('held', flush=True); sys.stdin.read()\n"
+    "except LockedError as error:\n"
+    "    print('refused', flush=True)\n"
+)
+
+
+def test_workers_of_one_job_share_the_lock_and_others_are_refused(tmp_path):
+    def start(job: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", SHARE, str(tmp_path), job]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    workers = [start("one") for _ in range(4)]
+    assert [w.stdout.readline() for w in workers] == ["held\n"] * 4
+    other = start("two")
+    assert other.communicate()[0] == "refused\n"
+    with pytest.raises(LockedError), writing(tmp_path):
+        pass
+    workers[0].kill()
+    for worker in workers[1:]:
+        worker.communicate()
+    with writing(tmp_path, job="two"):
+        pass
     assert os.listdir(tmp_path) == []
