@@ -52,16 +52,11 @@ def writing(cache: Path, job: str | None = None) -> Iterator[None]:
 def _acquire(path: Path, job: str | None) -> int:
     for _ in range(_TRIES):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        held = False
-        try:
-            held = _take(path, fd, job)
-        finally:
-            if not held:
-                holder = _holder(fd)
-                os.close(fd)
-        if held:
+        if _take(fd, job) and _is_current(path, fd):
             return fd
-        if holder and (job is None or holder.get("job") != job):
+        holder, gone = _holder(fd), not _is_current(path, fd)
+        os.close(fd)
+        if not gone and holder and (job is None or holder.get("job") != job):
             break
         time.sleep(_PAUSE_SECONDS)
     raise LockedError(
@@ -69,17 +64,15 @@ def _acquire(path: Path, job: str | None) -> int:
     )
 
 
-def _take(path: Path, fd: int, job: str | None) -> bool:
-    """Lock the open file: alone, or sharing with the same job. False where that cannot be had now."""
-    if _flock(fd, fcntl.LOCK_EX):
-        if not _is_current(path, fd):
-            return False
-        since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since, "job": job})
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, text.encode(), 0)
-        return job is None or _flock(fd, fcntl.LOCK_SH)
-    return job is not None and _flock(fd, fcntl.LOCK_SH) and _holder(fd).get("job") == job and _is_current(path, fd)
+def _take(fd: int, job: str | None) -> bool:
+    """Lock the open file, alone or sharing with the same job, and say in it who holds it."""
+    if not _flock(fd, fcntl.LOCK_EX):
+        return job is not None and _flock(fd, fcntl.LOCK_SH) and _holder(fd).get("job") == job
+    since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since, "job": job})
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, text.encode(), 0)
+    return job is None or _flock(fd, fcntl.LOCK_SH)
 
 
 def _release(path: Path, fd: int) -> None:
