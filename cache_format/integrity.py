@@ -213,14 +213,13 @@ class _Verification:
         name, number = shard_name(shard.number), shard.number
         row, found = shard_rows(shard)
         if self.rows is not None and number < len(self.rows) and self.rows[number] != row:
-            yield Problem(file=name, shard=number, problem=f"is {row}, but {SHARDS_NAME} says {self.rows[number]}")
+            yield Problem(file=SHARDS_NAME, shard=number, problem=f"says {self.rows[number]} of {name}, which is {row}")
         if places is None or self.index is None:
             return
         for column in ("sample_id", "row_start", "num_tokens", "num_loss_tokens", "checksum"):
             if not np.array_equal(getattr(self.index, column)[places], getattr(found, column)):
-                yield Problem(
-                    file=name, shard=number, field=column, problem=f"{INDEX_NAME} and the shard's head disagree"
-                )
+                problem = f"does not say what {name} says of its samples"
+                yield Problem(file=INDEX_NAME, shard=number, field=column, problem=problem)
 
     def _content_problems(self, shard: ShardFile) -> Iterator[Problem]:
         """Every byte of every sample against its checksum, and its tokens against the prepared sample."""

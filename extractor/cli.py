@@ -1,14 +1,16 @@
 """The `dflash-cache` command: options, exit codes, errors without tracebacks. The work is done elsewhere.
 
 Exit codes: 0 done or whole, 1 failed on the way or damaged, 2 could not start (bad input, another cache, locked),
-130 interrupted.
+130 stopped by SIGINT, 143 by SIGTERM (run it again).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
+import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
@@ -19,8 +21,9 @@ import typer
 from cache_format.errors import CacheError, DFlashCacheError, InputError, MismatchError, StorageError
 from cache_format.lock import LockedError
 from extractor.progress import Reporter, duration, say, size
+from extractor.signals import Stopped, stoppable
 
-EXIT_FAILED, EXIT_COULD_NOT_START, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_COULD_NOT_START = 1, 2
 
 app = typer.Typer(
     add_completion=False,
@@ -32,7 +35,7 @@ app = typer.Typer(
         "[bold]estimate[/bold] what it will take, [bold]extract[/bold] it, [bold]inspect[/bold] and "
         "[bold]verify[/bold] it; a trainer reads it with cache_format.FeatureCache.\n\n"
         "Exit codes: 0 done or whole; 1 failed on the way, or damaged; 2 could not start (bad input, another "
-        "cache, locked by another process); 130 interrupted."
+        "cache, locked by another process); 130 or 143 stopped by Ctrl-C or SIGTERM, run it again."
     ),
 )
 
@@ -279,23 +282,40 @@ def verify(
         bool,
         typer.Option(
             "--quick",
-            help="Only the manifest, tables, shard headers, sizes and coverage: seconds, proves that nothing is "
-            "missing, cut or swapped, not that every byte is right.",
+            help="Only the manifest, tables, sizes, shard headers and coverage. Proves that nothing is missing, cut, "
+            "swapped or listed twice, not that every byte is right. Reads about 1 byte in 10,000: seconds.",
         ),
     ] = False,
+    recompute: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="After that, run the target again on N random samples and compare. Proves that the states belong to "
+            "their tokens and to that target. Takes as long as loading the target and N forward passes.",
+            show_default=False,
+        ),
+    ] = 0,
+    target: Annotated[
+        str | None, typer.Option(help="With --recompute: hub id or folder of the target.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Check that a cache is whole: every sample exactly once, every byte as it was written.
 
-    Lists every problem it finds. Exit code 0: whole; 1: damaged or unfinished; 2: not a cache.
+    By default every byte is read and checked, so it takes as long as reading the cache (the estimate is shown). Lists
+    every problem it finds. Exit code 0: whole; 1: damaged or unfinished; 2: could not run.
     """
-    import time
-
     from cache_format.integrity import verify as run_verify
 
+    if recompute and not target:
+        raise InputError("--recompute needs --target, the target that the cache was made with")
     started = time.monotonic()
     total = sum(path.stat().st_size for path in (cache / "shards").glob("*.safetensors"))
+    if not quick:
+        say(f"verify: reading all of {size(total)}")
     with Reporter("verify", total, "bytes") as reporter:
         try:
             report = run_verify(
@@ -307,16 +327,76 @@ def verify(
             )
         except CacheError as error:
             raise InputError(str(error)) from error
+    seconds = max(time.monotonic() - started, 1e-9)
+    again = None
+    if recompute and target and report.whole:
+        from extractor.recompute import recompute as run_recompute
+
+        again = run_recompute(cache, target, recompute, device=device, trust_remote_code=trust_remote_code)
+        report.problems += again.problems
     if as_json:
-        print(json.dumps({**asdict(report), "whole": report.whole}))
+        extra = {} if again is None else {"recompute": asdict(again)}
+        print(json.dumps({**asdict(report), "whole": report.whole, **extra}))
     else:
         for problem in report.problems:
             print(problem)
-        seconds = max(time.monotonic() - started, 1e-9)
         speed = "" if quick else f", {size(report.bytes)} at {report.bytes / seconds / 1e9:.2f} GB/s"
         verdict = "whole" if report.whole else f"{len(report.problems):,} problems"
         print(f"{cache}: {verdict} ({report.depth} check: {report.shards:,} shards, {report.samples:,} samples{speed})")
+        if again is not None:
+            print(f"recomputed {again.samples:,} samples: off by at most {again.largest_error:.2g} of a layer's RMS")
+        elif recompute:
+            print("nothing was recomputed: first mend what is listed above")
+        if not report.whole:
+            print(f"to mend it: dflash-cache repair {cache}")
     if not report.whole:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def repair(
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask, on a terminal.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Set damaged files aside in quarantine/ (nothing is deleted) and leave a cache that extract can finish.
+
+    Verifies every byte first. Damaged tables are rebuilt from the shards; damaged shards are made again by the cache's
+    extract command, which makes just those. On a terminal it says what it will do and asks. Exit code 0: whole, or
+    whole again; 1: now run the extract command; 2: could not run.
+    """
+    from cache_format.integrity import verify as run_verify
+    from cache_format.repair import plan_repair
+    from cache_format.repair import repair as run_repair
+
+    with Reporter("verify", None, "bytes") as reporter:
+        try:
+            report = run_verify(cache, progress=reporter.update)
+        except CacheError as error:
+            raise InputError(str(error)) from error
+    plan = plan_repair(cache, report.problems)
+    if as_json:
+        print(json.dumps({**asdict(report), "plan": asdict(plan), "dry_run": dry_run}))
+    else:
+        for problem in report.problems:
+            print(problem)
+        for name in plan.set_aside:
+            print(f"set aside: {name} -> quarantine/")
+        if report.whole:
+            print(f"{cache}: whole, nothing to repair")
+        else:
+            print(f"state afterwards: {plan.state or 'none: extract writes a new manifest'}")
+    if report.whole:
+        return
+    if not dry_run and not yes and sys.stdin.isatty() and sys.stderr.isatty():
+        dry_run = not typer.confirm("Do this?", err=True)
+    if not dry_run:
+        run_repair(cache, plan)
+    if dry_run or plan.needs_extract:
+        todo = f"now run the extract command of {cache} again; it makes what is missing"
+        say("nothing was changed" if dry_run else todo)
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -355,10 +435,13 @@ def main() -> None:
         # The libraries' own progress bars would fill a log file; ours writes a line now and then.
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        app()
-    except KeyboardInterrupt:
-        say("interrupted; run the same command again to go on where it stopped")
-        sys.exit(EXIT_INTERRUPTED)
+        with stoppable():
+            app(standalone_mode=True)
+    except Stopped as stop:
+        say(f"{stop}; what was finished is kept. To go on: {shlex.join(['dflash-cache', *sys.argv[1:]])}")
+        sys.stdout.flush()
+        # Threads of libraries may still run; nothing they do is needed any more.
+        os._exit(stop.exit_code)
     except DFlashCacheError as error:
         if debug:
             traceback.print_exc()

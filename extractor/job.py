@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_format.errors import CacheError, InputError
-from cache_format.lock import writing
+from cache_format.lock import LOCK_NAME, writing
 from cache_format.manifest import (
     MANIFEST_NAME,
     DataInfo,
@@ -18,9 +18,10 @@ from cache_format.manifest import (
     require_same_identity,
     torch_dtype,
 )
+from cache_format.repair import QUARANTINE_NAME
 from cache_format.samples import PreparedSamples, part_path
 from cache_format.seal import describe_files, seal
-from cache_format.shard import ShardSchema
+from cache_format.shard import ShardSchema, shard_name
 from cache_format.storage import make_folder, remove_temporaries
 from extractor.config import ExtractOptions
 from extractor.dataset import open_source
@@ -155,22 +156,25 @@ class _Job:
             samples = self._prepared(manifest)
         except InputError:
             # Rows that cannot be prepared have to change, and with them the identity: these parts are of no use.
-            shutil.rmtree(self.out / "samples")
-            (self.out / MANIFEST_NAME).unlink()
+            if not any((self.out / "shards").iterdir()):
+                shutil.rmtree(self.out / "samples")
+                (self.out / MANIFEST_NAME).unlink()
             raise
         plan = Plan(samples.num_tokens, _schema(manifest).token_bytes, self.options.plan)
-        missing = list(range(len(plan)))
-        if manifest.state == "extracting":
-            missing = missing_shards(self.out, manifest.schema(), plan)
-            say(f"{self.out}: {len(plan) - len(missing):,} of {len(plan):,} shards are finished")
-        require_space(self.out, int(plan.shard_bytes(_schema(manifest))[missing].sum()))
+        sizes = plan.shard_bytes(_schema(manifest))
+        absent = [number for number in range(len(plan)) if not (self.out / shard_name(number)).exists()]
+        require_space(self.out, int(sizes[absent].sum()))
         stats = RunStats()
-        if missing or manifest.state == "preparing":
+        if absent or manifest.state == "preparing":
             target, extractor, decided = self._load(samples)
             if manifest.state == "preparing":
                 manifest = self._planned(manifest, samples, plan, target, decided)
                 manifest.write(self.out)
             require_same_identity(self.out, manifest.identity, decided)
+        missing = missing_shards(self.out, manifest.schema(), plan)
+        if len(missing) < len(plan):
+            say(f"{self.out}: {len(plan) - len(missing):,} of {len(plan):,} shards are finished")
+        if missing:
             runner = ShardRunner(
                 cache=self.out,
                 schema=manifest.schema(),
@@ -289,7 +293,7 @@ def _refuse_foreign_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a new or empty folder")
     if out.is_dir() and not (out / MANIFEST_NAME).exists():
-        known = {"samples", "shards", "target", ".lock"}
+        known = {"samples", "shards", "target", QUARANTINE_NAME, LOCK_NAME}
         strange = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.endswith(".tmp"))
         if strange:
             raise InputError(f"--out {out} is not empty and not a cache (it has {strange[0]!r}); name another folder")

@@ -23,9 +23,13 @@ def missing_shards(cache: Path, schema: ShardSchema, plan: Plan) -> list[int]:
         if not path.exists():
             missing.append(number)
             continue
-        with ShardFile(path, schema, number) as shard:
-            if not _as_planned(shard, plan.shard(number)):
-                raise CacheError(path, "holds other samples than planned; move it away to have it made again")
+        try:
+            with ShardFile(path, schema, number) as shard:
+                if not _as_planned(shard, plan.shard(number)):
+                    raise CacheError(path, "holds other samples than planned")
+        except CacheError as error:
+            way_out = f"run `dflash-cache repair {cache}`, then this command again"
+            raise CacheError(path, f"{error.problem}; {way_out}") from None
     return missing
 
 

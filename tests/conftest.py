@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import jobs
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,3 +38,37 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory, demo_jsonl: Path) -> P
     path = tmp_path_factory.mktemp("target") / "tiny"
     make_tiny_target.make_tiny_target(path, demo_jsonl, layers=6, hidden_size=64, vocab_size=2048)
     return path
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run the command in this process: ``cli("verify", path) -> (exit code, stdout, stderr)``."""
+
+    from extractor.cli import main
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dflash-cache", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return int(exit_.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def job(tiny_target, demo_jsonl) -> list[str]:
+    """Arguments of a small extraction into 10 shards or so."""
+    return [
+        *("--target", str(tiny_target), "--data", str(demo_jsonl), "--device", "cpu"),
+        *("--target-layers", ",".join(map(str, jobs.LAYER_IDS))),
+        *("--max-length", "256", "--shard-size", "2MiB", "--batch-tokens", "2048", "--limit", "120"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def made(job, tmp_path_factory) -> Path:
+    """A complete cache of that job, made by the command as a process of its own."""
+    out = tmp_path_factory.mktemp("made") / "cache"
+    subprocess.run([sys.executable, "-m", "extractor", "extract", *job, "--out", out], check=True)
+    return out

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jobs import LAYER_IDS, contents
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,52 +20,13 @@ from cache_format import FeatureCache
 from cache_format.integrity import verify
 from cache_format.manifest import Manifest
 from cache_format.samples import PreparedSamples
-from extractor.cli import main
 from extractor.plan import Plan, PlanOptions
 from extractor.target import HFDFlashTargetModel
-
-LAYERS = "4,0,2"
-LAYER_IDS = [4, 0, 2]
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run the command in this process: ``cli("verify", path) -> (exit code, stdout, stderr)``."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dflash-cache", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        captured = capsys.readouterr()
-        return int(exit_.value.code or 0), captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def job(tiny_target, demo_jsonl) -> list[str]:
-    """Arguments of a small extraction into 10 shards or so."""
-    return [
-        *("--target", str(tiny_target), "--data", str(demo_jsonl), "--target-layers", LAYERS, "--device", "cpu"),
-        *("--max-length", "256", "--shard-size", "2MiB", "--batch-tokens", "2048", "--limit", "120"),
-    ]
-
-
-@pytest.fixture(scope="session")
-def made(job, tmp_path_factory) -> Path:
-    """A complete cache of that job, made by the command as a process of its own."""
-    out = tmp_path_factory.mktemp("made") / "cache"
-    subprocess.run([sys.executable, "-m", "extractor", "extract", *job, "--out", out], check=True)
-    return out
 
 
 @pytest.fixture(scope="session")
 def online(tiny_target) -> HFDFlashTargetModel:
     return HFDFlashTargetModel(AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32), LAYER_IDS)
-
-
-def contents(cache: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(cache)): p.read_bytes() for p in sorted(cache.rglob("*")) if p.is_file()}
 
 
 def test_offline_equals_online(made, online):

@@ -1,0 +1,12 @@
+"""A small extraction for tests: its layers, and a cache's bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+LAYER_IDS = [4, 0, 2]
+
+
+def contents(cache: Path) -> dict[str, bytes]:
+    """Every file below ``cache`` by its relative name."""
+    return {str(p.relative_to(cache)): p.read_bytes() for p in sorted(cache.rglob("*")) if p.is_file()}
