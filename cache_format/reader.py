@@ -22,7 +22,7 @@ from cache_format.errors import CacheError, InputError, MismatchError
 from cache_format.index import INDEX_NAME, SHARDS_NAME, Index, read_index, read_shards, tables_from_shards
 from cache_format.manifest import Manifest
 from cache_format.safetensors_file import DTYPES
-from cache_format.shard import ShardFile, shard_name
+from cache_format.shard import ShardFile, sample_hasher, shard_name
 from cache_format.storage import inside
 
 MAX_OPEN_SHARDS = 128
@@ -62,7 +62,12 @@ class FeatureCache(Dataset):
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], *, allow_incomplete: bool = False, expect: Mapping[str, Any] | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        allow_incomplete: bool = False,
+        expect: Mapping[str, Any] | None = None,
+        verify: str | None = None,
     ) -> FeatureCache:
         """Open the cache in folder ``path``. Its cost does not grow with the number of samples.
 
@@ -73,17 +78,21 @@ class FeatureCache(Dataset):
             expect: what the trainer relies on: any of ``target`` (name as given at extraction), ``model_type``,
                 ``target_layer_ids``, ``hidden_size``, ``num_hidden_layers``, ``vocab_size``, ``dtype``,
                 ``codec`` (its name), ``fingerprint``.
+            verify: ``"sample"`` checks the checksum of each sample as it is read, all its stored bytes; the cost is
+                one pass of XXH3 over them (see scripts/bench_verify.py). None: only headers are checked.
 
         Raises:
             CacheError: not a cache, damaged, or not complete.
             MismatchError: the cache is not what ``expect`` says; names both sides of every difference.
             InputError: ``expect`` has a field that a cache does not have.
         """
+        if verify not in (None, "sample"):
+            raise InputError(f'verify={verify!r}: choose "sample" or None')
         folder = Path(os.path.abspath(path))
         manifest = Manifest.read(folder)
         if expect:
             _check_expected(folder, manifest, expect)
-        options = {"allow_incomplete": allow_incomplete, "expect": dict(expect or {})}
+        options = {"allow_incomplete": allow_incomplete, "expect": dict(expect or {}), "verify": verify}
         if manifest.state == "complete":
             index, num_shards = _read_tables(folder, manifest)
         elif not allow_incomplete:
@@ -136,6 +145,8 @@ class FeatureCache(Dataset):
         """
         shard, start, stop = self._locate(i)
         stored = {t.name: shard.view(t.name, start, stop) for t in self._schema.token_tensors}
+        if self._options["verify"]:
+            self._check_sample(i, [stored[t.name] for t in self._schema.token_tensors])
         return DFlashTargetBatch(
             hidden_states=self._schema.codec.decode(stored).unsqueeze(0),
             input_ids=stored["input_ids"].to(torch.int64).unsqueeze(0),
@@ -188,6 +199,22 @@ class FeatureCache(Dataset):
     def get_output_embeddings(self) -> nn.Linear:
         """The target's LM head, frozen, read from the cache itself."""
         return load_output_embeddings(self.path, self.manifest.target)
+
+    def _check_sample(self, i: int, pieces: Sequence[Tensor]) -> None:
+        """Compare sample i's checksum with that of its stored rows, tensor by tensor in file order.
+
+        Raises:
+            CacheError: they differ.
+        """
+        hasher = sample_hasher(int(self.index.sample_id[i]))
+        for piece in pieces:
+            hasher.update(piece.reshape(-1).view(torch.uint8).numpy().data)
+        if hasher.intdigest() != int(self.index.checksum[i]):
+            raise CacheError(
+                self.path / shard_name(int(self.index.shard[i])),
+                f"sample {self.index.sample_id[i]} does not match its checksum; `dflash-cache repair {self.path}`, then "
+                "the cache's extract command, mend it",
+            )
 
     def _locate(self, i: int) -> tuple[_MappedShard, int, int]:
         if not -len(self) <= i < len(self):

@@ -204,3 +204,20 @@ def test_a_plain_loader_gives_every_sample_once(cache_path):
         lengths = [int(n) for b in cache.loader(batch_size=3, shuffle=shuffle) for n in b.attention_mask.sum(1)]
         assert sorted(lengths) == sorted(LENGTHS)
     assert len(list(cache.loader(batch_size=3, drop_last=True))) == 3
+
+
+def test_reading_can_verify_each_sample(tmp_path):
+    write_cache(tmp_path / "c", LENGTHS)
+    cache = FeatureCache.open(tmp_path / "c", verify="sample")
+    assert cache.batch(range(len(cache))).hidden_states.shape[0] == len(LENGTHS)
+    path = tmp_path / "c" / "shards" / f"shard-{int(cache.index.shard[1]):05d}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[4096 + int(cache.index.row_start[1]) * WIDTH * 4 + 7] ^= 1
+    path.write_bytes(data)
+    assert FeatureCache.open(tmp_path / "c")[1] is not None, "not looked for unless asked"
+    cache = pickle.loads(pickle.dumps(FeatureCache.open(tmp_path / "c", verify="sample")))
+    for read in (lambda: cache[1], lambda: cache.batch([0, 1])):
+        with pytest.raises(CacheError, match=rf"{path.name}: sample 1 .*dflash-cache repair"):
+            read()
+    with pytest.raises(InputError):
+        FeatureCache.open(tmp_path / "c", verify="all")
