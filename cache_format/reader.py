@@ -212,8 +212,8 @@ class FeatureCache(Dataset):
         if hasher.intdigest() != int(self.index.checksum[i]):
             raise CacheError(
                 self.path / shard_name(int(self.index.shard[i])),
-                f"sample {self.index.sample_id[i]} does not match its checksum; `dflash-cache repair {self.path}`, then "
-                "the cache's extract command, mend it",
+                f"sample {self.index.sample_id[i]} does not match its checksum; to mend it run `dflash-cache repair "
+                f"{self.path}`, then the cache's extract command",
             )
 
     def _locate(self, i: int) -> tuple[_MappedShard, int, int]:

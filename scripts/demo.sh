@@ -11,7 +11,7 @@ show() { printf '\n$ %s\n' "$*"; "$@"; }
 mkdir -p "$out"
 show python scripts/make_demo_data.py --out "$out/train.jsonl" --rows 2000
 [ -f "$out/target/config.json" ] || show python scripts/make_tiny_target.py --out "$out/target" --data "$out/train.jsonl"
-job=(--target "$out/target" --data "$out/train.jsonl" --max-length 512 --shard-size 16MiB)
+job=(--target "$out/target" --data "$out/train.jsonl" --num-draft-layers 3 --max-length 512 --shard-size 64MiB)
 show dflash-cache estimate "${job[@]}" --out "$out"
 show dflash-cache extract "${job[@]}" --out "$out/cache"
 show dflash-cache inspect "$out/cache"
