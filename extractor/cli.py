@@ -433,7 +433,8 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if not sys.stderr.isatty():
         # The libraries' own progress bars would fill a log file; ours writes a line now and then.
-        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         with stoppable():
             app(standalone_mode=True)

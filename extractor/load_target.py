@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +183,10 @@ def resolve_dtype(name: str, device: torch.device) -> str:
 
 def _loaded(load: Any, name: str, **options: Any) -> Any:
     """Call a ``from_pretrained``; what it raises on bad input becomes one line that says what to do."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         return load(name, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:

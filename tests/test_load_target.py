@@ -1,0 +1,148 @@
+"""Loading a target: shapes, digests that identify it, and errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import HIDDEN, LAYERS, VOCAB, build, gemma3_multimodal, gpt2, qwen3
+from transformers import AutoTokenizer
+
+from cache_format.embeddings import load_input_embeddings, load_output_embeddings
+from cache_format.errors import InputError
+from cache_format.manifest import TargetInfo
+from extractor.load_target import (
+    TargetShape,
+    load_config,
+    load_target,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    target_identity,
+    tokenizer_identity,
+)
+from extractor.target_files import write_target_files
+
+CPU = torch.device("cpu")
+
+
+def load(name, **options) -> torch.nn.Module:
+    defaults = {"revision": None, "dtype": torch.float32, "device": CPU, "attn_implementation": None}
+    return load_target(str(name), **{**defaults, "trust_remote_code": False, **options})
+
+
+@pytest.mark.parametrize("builder", [qwen3, gpt2, gemma3_multimodal], ids=lambda b: b.__name__)
+def test_shape_and_weights_of_a_saved_model(builder, tmp_path):
+    model = build(builder)
+    model.save_pretrained(tmp_path)
+    config = load_config(str(tmp_path), None, False)
+    shape = TargetShape.from_config(config)
+    assert (shape.hidden_size, shape.num_hidden_layers, shape.vocab_size) == (HIDDEN, LAYERS, VOCAB)
+    loaded = load(tmp_path, dtype=torch.bfloat16)
+    assert type(loaded) is type(model)
+    assert not loaded.training
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_attention_can_be_chosen(tiny_target):
+    assert load(tiny_target, attn_implementation="eager").config._attn_implementation == "eager"
+    with pytest.raises(InputError, match="--target"):
+        load(tiny_target, attn_implementation="flash_attention_2")
+
+
+def test_errors_say_what_to_do(tmp_path, tiny_target):
+    with pytest.raises(InputError, match="no such folder"):
+        load_config(str(tmp_path / "nowhere"), None, False)
+    with pytest.raises(InputError, match="neither a folder here nor a target that the hub could give"):
+        load_config("nobody/no-such-model", None, False)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="--target"):
+        load_config(str(tmp_path), None, False)
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "evil.Config"}, "model_type": "evil"}))
+    with pytest.raises(InputError, match="--trust-remote-code"):
+        load_config(str(tmp_path), None, False)
+    bare = shutil.copytree(tiny_target, tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="no weights"):
+        target_identity(str(bare), None, load_config(str(bare), None, False))
+
+
+def test_the_identity_follows_content_not_place(tiny_target, tmp_path):
+    def identity(folder) -> dict[str, str]:
+        return target_identity(str(folder), None, load_config(str(folder), None, False))
+
+    moved = shutil.copytree(tiny_target, tmp_path / "moved")
+    assert identity(moved) == identity(tiny_target)
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    changed = identity(moved)
+    assert changed["config"] != identity(tiny_target)["config"]
+    assert changed["weights"] == identity(tiny_target)["weights"]
+    weights = load_file(moved / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    assert identity(moved)["weights"] != changed["weights"]
+
+
+def test_the_tokenizer_identity_is_the_same_in_every_process(tiny_target):
+    code = (
+        "import sys; from extractor.load_target import *; "
+        "print(sorted(tokenizer_identity(load_tokenizer(sys.argv[1], None, False)).items()))"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code, str(tiny_target)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
+    tokenizer = load_tokenizer(str(tiny_target), None, False)
+    before = tokenizer_identity(tokenizer)
+    tokenizer.chat_template += " "
+    after = tokenizer_identity(tokenizer)
+    assert before["tokenizer"] == after["tokenizer"]
+    assert before["chat_template"] != after["chat_template"]
+    tokenizer.add_tokens(["brandnew"])
+    assert tokenizer_identity(tokenizer)["tokenizer"] != before["tokenizer"]
+
+
+def test_devices_and_dtypes():
+    assert resolve_device("cpu") == CPU
+    assert resolve_dtype("auto", CPU) == "float32"
+    assert resolve_dtype("auto", torch.device("cuda")) == "bfloat16"
+    for bad in ("tpu9", "cuda:99"):
+        with pytest.raises(InputError, match="--device"):
+            resolve_device(bad)
+    with pytest.raises(InputError, match="--dtype"):
+        resolve_dtype("int8", CPU)
+
+
+@pytest.mark.parametrize("builder", [qwen3, gpt2, gemma3_multimodal], ids=lambda b: b.__name__)
+def test_the_caches_embeddings_do_what_the_targets_do(builder, tmp_path, tiny_target):
+    """Tied, untied, and Gemma's scaled ones."""
+    model = build(builder)
+    (tmp_path / "target").mkdir()
+    tied, scale = write_target_files(tmp_path, model, model.config, AutoTokenizer.from_pretrained(tiny_target))
+    info = TargetInfo(
+        name="t",
+        model_type="t",
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        vocab_size=VOCAB,
+        tie_word_embeddings=tied,
+        embed_scale=scale,
+    )
+    assert tied is (builder is not qwen3)
+    ids, states = torch.arange(10), torch.randn(4, HIDDEN)
+    assert torch.equal(load_input_embeddings(tmp_path, info)(ids), model.get_input_embeddings()(ids))
+    assert torch.equal(load_output_embeddings(tmp_path, info)(states), model.get_output_embeddings()(states))
