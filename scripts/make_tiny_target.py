@@ -89,9 +89,7 @@ def make_tiny_target(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make a tiny random-weight target and its tokenizer.")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument(
-        "--data", type=Path, required=True, help="a .jsonl file with messages, for the tokenizer"
-    )
+    parser.add_argument("--data", type=Path, required=True, help="a .jsonl file with messages, for the tokenizer")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=4096)
