@@ -1,31 +1,20 @@
-"""Caches made without a target: random states of chosen shape, written through the real writer and sealed."""
+"""Small caches made without a target, with states that a test can tell."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import synthetic_cache
 import torch
+from synthetic_cache import VOCAB, random_samples
 
-from cache_format.captures import Captures
-from cache_format.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, write_embeddings
-from cache_format.manifest import DataInfo, Manifest, TargetInfo, Totals, torch_dtype
-from cache_format.samples import PartInfo, PreparedSamples, Sample, part_path, write_part
-from cache_format.seal import describe_files, seal
-from cache_format.shard import ShardBuffer, shard_name
-from cache_format.storage import make_folder
-from extractor.plan import Plan, PlanOptions
+from cache_format.manifest import torch_dtype
+from cache_format.samples import Sample
 
-VOCAB, HIDDEN, LAYER_IDS = 64, 16, [0, 2, 3]
+__all__ = ["HIDDEN", "LAYER_IDS", "VOCAB", "random_samples", "states_of", "write_cache"]
 
-
-def random_samples(lengths: list[int], seed: int = 0) -> list[Sample]:
-    """Samples of the given lengths with random tokens and masks."""
-    rng = np.random.default_rng(seed)
-    return [
-        Sample(rng.integers(0, VOCAB, n).astype(np.int32), rng.integers(0, 2, n).astype(np.uint8), row)
-        for row, n in enumerate(lengths)
-    ]
+HIDDEN, LAYER_IDS = 16, [0, 2, 3]
 
 
 def states_of(sample_id: int, num_tokens: int, dtype: str, width: int) -> torch.Tensor:
@@ -35,74 +24,16 @@ def states_of(sample_id: int, num_tokens: int, dtype: str, width: int) -> torch.
 
 
 def write_cache(
-    cache: Path,
-    lengths: list[int],
-    *,
-    dtype: str = "float32",
-    hidden: int = HIDDEN,
-    shard_bytes: int = 64 << 10,
-    quarantined: tuple[int, ...] = (),
-    only_shards: list[int] | None = None,
-    name: str = "synthetic",
+    cache: Path, lengths: list[int], *, dtype: str = "float32", hidden: int = HIDDEN, **options: Any
 ) -> list[Sample]:
-    """A complete cache of ``lengths`` (or, with ``only_shards``, one still extracting); returns its samples."""
-    for folder in ("samples", "shards", "target"):
-        make_folder(cache / folder)
-    samples = random_samples(lengths)
-    half = len(samples) // 2
-    write_part(part_path(cache / "samples", 0), samples[:half], PartInfo(0, half, {"bad_row": 0}))
-    write_part(part_path(cache / "samples", 1), samples[half:], PartInfo(half, len(samples), {}))
-    prepared = PreparedSamples(cache / "samples", 2)
-    weights = torch.Generator().manual_seed(0)
-    write_embeddings(
-        cache / EMBEDDINGS_NAME,
-        {key: torch.randn(VOCAB, hidden, generator=weights) for key in (EMBED, HEAD)},
-    )
-    begun = Manifest(
-        state="preparing",
-        identity={"name": name},
-        target=TargetInfo(
-            name=name,
-            model_type="qwen3",
-            hidden_size=hidden,
-            num_hidden_layers=6,
-            vocab_size=VOCAB,
-            tie_word_embeddings=False,
-        ),
-        target_layer_ids=LAYER_IDS,
+    """A cache of samples of ``lengths`` tokens, in small shards; options as for ``synthetic_cache.write_cache``."""
+    width = hidden * len(LAYER_IDS)
+    return synthetic_cache.write_cache(
+        cache,
+        lengths,
         dtype=dtype,
-        codec={"name": "raw"},
-        capture=Captures().to_dict(),
-        created_with={},
+        hidden=hidden,
+        target_layer_ids=LAYER_IDS,
+        states=lambda sample_id, num_tokens: states_of(sample_id, num_tokens, dtype, width),
+        **{"shard_bytes": 64 << 10, **options},
     )
-    schema_bytes = begun.schema().token_bytes
-    plan = Plan(prepared.num_tokens, schema_bytes, PlanOptions(shard_bytes=shard_bytes))
-    manifest = begun.extracting(
-        {**begun.identity, "samples": prepared.digest()},
-        data=DataInfo(name="synthetic.jsonl", rows=len(samples), dropped={}),
-        totals=Totals(
-            parts=2,
-            samples=len(samples),
-            tokens=int(prepared.num_tokens.sum()),
-            loss_tokens=int(prepared.num_loss_tokens.sum()),
-            shards=len(plan),
-        ),
-        files=describe_files(cache, ["samples/samples-00000.arrow", "samples/samples-00001.arrow", EMBEDDINGS_NAME]),
-    )
-    manifest.write(cache)
-    buffer = ShardBuffer(max([1, *plan.shard_bytes(manifest.schema()).tolist()]))
-    for shard in plan:
-        if only_shards is not None and shard.number not in only_shards:
-            continue
-        buffer.begin(manifest.schema(), shard.number, shard.sample_ids, shard.num_tokens)
-        for i, sample_id in enumerate(shard.sample_ids.tolist()):
-            rows = slice(int(buffer.cu_seqlens[i]), int(buffer.cu_seqlens[i + 1]))
-            sample = samples[sample_id]
-            buffer.tensor("hidden_states")[rows] = states_of(sample_id, len(sample.input_ids), dtype, manifest.width)
-            buffer.tensor("input_ids").numpy()[rows] = sample.input_ids
-            buffer.tensor("loss_mask").numpy()[rows] = sample.loss_mask
-        kept = buffer.without(np.isin(shard.sample_ids, quarantined)) if quarantined else buffer
-        kept.commit(cache / shard_name(shard.number))
-    if only_shards is None:
-        seal(cache, manifest)
-    return samples

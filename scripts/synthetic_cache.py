@@ -1,0 +1,108 @@
+"""Caches without a target: states of any size, written through the real writer and sealed. For tests and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache_format.captures import Captures
+from cache_format.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, write_embeddings
+from cache_format.manifest import DataInfo, Manifest, TargetInfo, Totals
+from cache_format.samples import PartInfo, PreparedSamples, Sample, part_path, write_part
+from cache_format.seal import describe_files, seal
+from cache_format.shard import ShardBuffer, shard_name
+from cache_format.storage import make_folder
+from extractor.plan import Plan, PlanOptions
+
+VOCAB = 64
+
+
+def random_samples(lengths: Sequence[int], seed: int = 0) -> list[Sample]:
+    """Samples of the given lengths with random tokens and masks."""
+    rng = np.random.default_rng(seed)
+    return [
+        Sample(rng.integers(0, VOCAB, n).astype(np.int32), rng.integers(0, 2, n).astype(np.uint8), row)
+        for row, n in enumerate(lengths)
+    ]
+
+
+def write_cache(
+    cache: Path,
+    lengths: Sequence[int],
+    *,
+    dtype: str,
+    hidden: int,
+    target_layer_ids: list[int],
+    shard_bytes: int,
+    states: Callable[[int, int], torch.Tensor],
+    quarantined: tuple[int, ...] = (),
+    only_shards: list[int] | None = None,
+    name: str = "synthetic",
+) -> list[Sample]:
+    """A complete cache of samples of ``lengths`` (or, with ``only_shards``, one still extracting); returns its samples.
+
+    ``states(sample_id, num_tokens)`` gives hidden_states ``[num_tokens, L*hidden]`` in ``dtype``.
+    """
+    for folder in ("samples", "shards", "target"):
+        make_folder(cache / folder)
+    samples = random_samples(lengths)
+    half = len(samples) // 2
+    write_part(part_path(cache / "samples", 0), samples[:half], PartInfo(0, half, {"bad_row": 0}))
+    write_part(part_path(cache / "samples", 1), samples[half:], PartInfo(half, len(samples), {}))
+    prepared = PreparedSamples(cache / "samples", 2)
+    weights = torch.Generator().manual_seed(0)
+    write_embeddings(
+        cache / EMBEDDINGS_NAME,
+        {key: torch.randn(VOCAB, hidden, generator=weights) for key in (EMBED, HEAD)},
+    )
+    begun = Manifest(
+        state="preparing",
+        identity={"name": name},
+        target=TargetInfo(
+            name=name,
+            model_type="qwen3",
+            hidden_size=hidden,
+            num_hidden_layers=max(target_layer_ids) + 1,
+            vocab_size=VOCAB,
+            tie_word_embeddings=False,
+        ),
+        target_layer_ids=target_layer_ids,
+        dtype=dtype,
+        codec={"name": "raw"},
+        capture=Captures().to_dict(),
+        created_with={},
+    )
+    schema_bytes = begun.schema().token_bytes
+    plan = Plan(prepared.num_tokens, schema_bytes, PlanOptions(shard_bytes=shard_bytes))
+    manifest = begun.extracting(
+        {**begun.identity, "samples": prepared.digest()},
+        data=DataInfo(name="synthetic.jsonl", rows=len(samples), dropped={}),
+        totals=Totals(
+            parts=2,
+            samples=len(samples),
+            tokens=int(prepared.num_tokens.sum()),
+            loss_tokens=int(prepared.num_loss_tokens.sum()),
+            shards=len(plan),
+        ),
+        files=describe_files(cache, ["samples/samples-00000.arrow", "samples/samples-00001.arrow", EMBEDDINGS_NAME]),
+    )
+    manifest.write(cache)
+    buffer = ShardBuffer(max([1, *plan.shard_bytes(manifest.schema()).tolist()]))
+    for shard in plan:
+        if only_shards is not None and shard.number not in only_shards:
+            continue
+        buffer.begin(manifest.schema(), shard.number, shard.sample_ids, shard.num_tokens)
+        for i, sample_id in enumerate(shard.sample_ids.tolist()):
+            rows = slice(int(buffer.cu_seqlens[i]), int(buffer.cu_seqlens[i + 1]))
+            sample = samples[sample_id]
+            buffer.tensor("hidden_states")[rows] = states(sample_id, len(sample.input_ids))
+            buffer.tensor("input_ids").numpy()[rows] = sample.input_ids
+            buffer.tensor("loss_mask").numpy()[rows] = sample.loss_mask
+        kept = buffer.without(np.isin(shard.sample_ids, quarantined)) if quarantined else buffer
+        kept.commit(cache / shard_name(shard.number))
+    if only_shards is None:
+        seal(cache, manifest)
+    return samples
