@@ -11,6 +11,7 @@ import torch
 
 from extractor.config import ExtractOptions
 from extractor.load_target import target_identity, tokenizer_identity
+from extractor.plan import PLAN_VERSION
 
 PACKAGES = ("dflash-cache", "torch", "transformers", "tokenizers", "safetensors", "pyarrow")
 
@@ -34,6 +35,7 @@ def inputs_identity(
         "data.digest": data_digest,
         **asdict(options.prepare),
         "on_nonfinite": options.on_nonfinite,
+        "plan": PLAN_VERSION,
         **asdict(options.plan),
     }
 

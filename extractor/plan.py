@@ -19,6 +19,11 @@ from cache_format.shard import ShardSchema
 HEAD_SLACK_BYTES = 16 << 10
 """Room left in every shard for its header and page alignment."""
 
+PLAN_VERSION = 1
+"""Part of the identity: raised when the same samples and options would be planned in another way."""
+
+MAX_PADDING = 0.02
+
 SAMPLE_HEAD_BYTES = 24
 """cu_seqlens, sample_ids and sample_checksums: 8 bytes each a sample."""
 
@@ -102,11 +107,19 @@ class Plan:
 
 
 def batches(num_tokens: np.ndarray, batch_tokens: int) -> Iterator[slice]:
-    """Cut samples, longest first, into runs of at most ``batch_tokens`` padded tokens and at least one sample."""
+    """Cut samples, longest first, into runs of at most ``batch_tokens`` padded tokens and at least one sample.
+
+    A run also ends where the next sample would bring its padding over 2 %, once it has a quarter of the budget: such a
+    batch keeps a device busy, and the next ones pad less.
+    """
     start = 0
     while start < len(num_tokens):
-        count = max(1, batch_tokens // int(num_tokens[start]))
-        stop = min(start + count, len(num_tokens))
+        longest, stop, real = int(num_tokens[start]), start + 1, int(num_tokens[start])
+        while stop < len(num_tokens) and longest * (stop - start + 1) <= batch_tokens:
+            with_next = real + int(num_tokens[stop])
+            if real * 4 >= batch_tokens and with_next < (1 - MAX_PADDING) * longest * (stop - start + 1):
+                break
+            stop, real = stop + 1, with_next
         yield slice(start, stop)
         start = stop
 
