@@ -37,7 +37,7 @@ from extractor.load_target import (
 )
 from extractor.plan import Plan
 from extractor.prepare import prepare
-from extractor.progress import Reporter, say, size
+from extractor.progress import Reporter, compact, say, size
 from extractor.resume import missing_shards
 from extractor.run import RunStats, ShardRunner
 from extractor.target import HFDFlashTargetModel
@@ -184,7 +184,7 @@ class _Job:
                 device=self.device,
                 on_nonfinite=self.options.on_nonfinite,
             )
-            stats = self._run(runner, missing, len(plan))
+            stats = self._run(runner, missing)
         return stats, seal(self.out, manifest)
 
     def _prepared(self, manifest: Manifest) -> PreparedSamples:
@@ -260,13 +260,10 @@ class _Job:
             files=describe_files(self.out, names),
         )
 
-    def _run(self, runner: ShardRunner, missing: list[int], num_shards: int) -> RunStats:
+    def _run(self, runner: ShardRunner, missing: list[int]) -> RunStats:
         todo = sum(runner.plan.shard(number).tokens for number in missing)
-        done_before = num_shards - len(missing)
         with Reporter("extract", todo, "tokens") as reporter:
-            return runner.run(
-                missing, lambda stats: reporter.update(stats.tokens, _note(stats, done_before, num_shards))
-            )
+            return runner.run(missing, lambda stats: reporter.update(stats.tokens, _note(stats)))
 
 
 def require_space(cache: Path, num_bytes: int) -> None:
@@ -299,9 +296,9 @@ def _refuse_foreign_folder(out: Path) -> None:
             raise InputError(f"--out {out} is not empty and not a cache (it has {strange[0]!r}); name another folder")
 
 
-def _note(stats: RunStats, done_before: int, num_shards: int) -> str:
+def _note(stats: RunStats) -> str:
     seconds = max(stats.seconds, 1e-9)
     return (
-        f"{stats.samples:,} samples, {stats.tokens / seconds:,.0f} tok/s, {stats.bytes / seconds / 1e9:.2f} GB/s, "
-        f"shard {done_before + stats.shards:,}/{num_shards:,}"
+        f"{compact(stats.samples)} samples, {compact(stats.tokens / seconds)} tok/s, "
+        f"{stats.bytes / seconds / 1e9:.2f} GB/s"
     )

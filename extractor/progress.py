@@ -6,7 +6,8 @@ import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn
+from rich.table import Column
 
 LINE_EVERY_SECONDS = 10.0
 
@@ -24,10 +25,7 @@ class Reporter:
         if sys.stderr.isatty():
             self._bar = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[note]}"),
-                TimeElapsedColumn(),
+                TextColumn("{task.description} {task.fields[note]}", table_column=Column(no_wrap=True)),
                 console=Console(stderr=True),
                 transient=True,
             )
@@ -60,16 +58,25 @@ class Reporter:
     def _line(self) -> str:
         elapsed = max(time.monotonic() - self.started, 1e-9)
         speed = (self._done - (self._first or 0)) / elapsed
-        parts = [f"{self._done:,}{f'/{self.total:,}' if self.total is not None else ''} {self.unit}"]
+        parts = [f"{compact(self._done)}{f'/{compact(self.total)}' if self.total is not None else ''} {self.unit}"]
         parts += [self._note] if self._note else []
         if self.total and speed > 0:
             parts.append(f"ETA {duration((self.total - self._done) / speed)}")
-        return ", ".join(parts)
+        percent = f"{100 * self._done // self.total}% " if self.total else ""
+        return percent + ", ".join(parts)
 
 
 def say(text: str) -> None:
     """One line for the person at the terminal or in the log."""
     print(text, file=sys.stderr, flush=True)
+
+
+def compact(number: float) -> str:
+    """``1234567`` -> ``1.23M``: three digits, so that a line of progress fits a terminal of 80 columns."""
+    for power, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= power:
+            return f"{number / power:.3g}{unit}" if number < 999.5 * power else f"{number / power:.0f}{unit}"
+    return f"{number:.0f}"
 
 
 def duration(seconds: float) -> str:
