@@ -42,6 +42,7 @@ class RepairPlan:
         """Whether the cache's ``extract`` command has to be run afterwards."""
         return self.state != "complete"
 
+
 def plan_repair(cache: Path, problems: Iterable[Problem]) -> RepairPlan:
     """What mends ``problems``, as :func:`cache_format.integrity.verify` (not the quick one) found them."""
     problems = list(problems)

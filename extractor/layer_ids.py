@@ -12,8 +12,10 @@ def default_target_layer_ids(num_draft_layers: int, num_target_layers: int) -> l
     from the end, whose output still feeds later ones.
 
     Raises:
-        InputError: the target has too few layers for that many different ones.
+        InputError: no draft layer, or the target has too few layers for that many different ones.
     """
+    if num_draft_layers < 1:
+        raise InputError(f"--num-draft-layers {num_draft_layers}: must be at least 1")
     n, total = num_draft_layers, num_target_layers
     ids = [total // 2] if n == 1 else [round(1 + i * (total - 4) / (n - 1)) for i in range(n)]
     if len(set(ids)) != n or ids != sorted(ids) or not 0 <= ids[0] <= ids[-1] < total:

@@ -63,10 +63,10 @@ class HFDFlashTargetModel:
         return ids
 
     def _get_transformer_layers(self) -> list[nn.Module]:
-        """The decoder layers in order.
+        """The decoder layers in order: at a known place, or else the only list of as many modules as there are layers.
 
         Raises:
-            ValueError: they are at none of the known places.
+            ValueError: neither is there.
         """
         for path in _LAYER_PATHS:
             container: Any = self.model
@@ -76,8 +76,15 @@ class HFDFlashTargetModel:
                 return [container[str(i)] for i in range(len(container))]
             if container is not None:
                 return list(container)
+        total = self._num_hidden_layers()
+        lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == total]
+        if len(lists) == 1:
+            return list(lists[0])
         known = ", ".join(".".join(path) for path in _LAYER_PATHS)
-        raise ValueError(f"{type(self.model).__name__} has its decoder layers at none of: {known}")
+        raise ValueError(
+            f"{type(self.model).__name__} has its decoder layers at none of {known}, "
+            f"and {len(lists)} lists of {total} modules elsewhere"
+        )
 
     @contextmanager
     def hooked(self, on_output: Callable[[int, Tensor], None]) -> Iterator[None]:
@@ -130,8 +137,12 @@ class HFDFlashTargetModel:
         )
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The target's token embedding."""
+        """The target's token embedding ``[V, H]``; what a model multiplies it by (Gemma) is not in its weight."""
         return self.model.get_input_embeddings()  # type: ignore[operator]
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """The target's LM head; None where it has none."""
+        return self.model.get_output_embeddings()  # type: ignore[operator]
 
 
 def _logits(output: Any) -> Tensor:

@@ -4,7 +4,7 @@
 
 In one run, alternating, the same bytes (one shard of Qwen3-8B's width in bfloat16):
   disk          one sequential write of as many bytes from memory, then fsync: the physical limit
-  save_file     safetensors.torch.save_file of the same tensors, then fsync of file and folder, so that both are as durable
+  save_file     safetensors.torch.save_file of the same tensors, then fsync of file and folder: as durable
   ours          ShardBuffer.commit: every sample's checksum, temporary file, write, fsync, rename, fsync of the folder
   no checksums  the same commit without computing checksums: what they cost
 """

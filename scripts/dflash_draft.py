@@ -43,7 +43,9 @@ class DraftConfig:
         if self.block_size < 2:
             raise ValueError(f"block_size is {self.block_size}; an anchor and one MASK make at least 2")
         if self.hidden_size % (2 * self.num_heads):
-            raise ValueError(f"hidden_size {self.hidden_size} does not divide into {self.num_heads} heads of even width")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide into {self.num_heads} heads of even width"
+            )
 
 
 class Draft(nn.Module):
@@ -92,7 +94,9 @@ class Draft(nn.Module):
         """Write ``draft.json`` and ``draft.safetensors``."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "draft.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "draft.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "draft.safetensors"
+        )
 
     @classmethod
     def load(cls, folder: Path) -> Draft:

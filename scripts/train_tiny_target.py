@@ -45,7 +45,9 @@ def windows(encoded: Encoded, length: int, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(flat[start : start + count * length].astype(np.int64)).view(count, length)
 
 
-def train(model: torch.nn.Module, encoded: Encoded, *, steps: int, batch_size: int, length: int, lr: float, seed: int) -> None:
+def train(
+    model: torch.nn.Module, encoded: Encoded, *, steps: int, batch_size: int, length: int, lr: float, seed: int
+) -> None:
     """AdamW with warm-up and cosine decay over ``steps`` batches of ``[batch_size, length]`` tokens."""
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
@@ -130,7 +132,9 @@ def main() -> None:
         seed=args.seed,
     )
     model.save_pretrained(args.out)
-    print(f"trained in {time.perf_counter() - begun:.0f} s; wrote {args.out}. On {len(held_out)} held-out conversations:")
+    print(
+        f"trained in {time.perf_counter() - begun:.0f} s; wrote {args.out}. On {len(held_out)} held-out conversations:"
+    )
     for name, (loss, accuracy) in {
         "target": evaluate(model, held_out, args.length),
         "unigram": evaluate_unigram(training, held_out, len(tokenizer), args.length),
