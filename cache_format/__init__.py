@@ -4,7 +4,7 @@ from cache_format import FeatureCache
 batch = FeatureCache.open("/data/cache").batch([0, 1])
 """
 
-from cache_format.batch import DFlashTargetBatch
+from cache_format.batch import DFlashTargetBatch, collate
 from cache_format.errors import CacheError, DFlashCacheError, InputError, MismatchError, StorageError
 from cache_format.manifest import Manifest
 from cache_format.reader import FeatureCache
@@ -18,4 +18,5 @@ __all__ = [
     "Manifest",
     "MismatchError",
     "StorageError",
+    "collate",
 ]

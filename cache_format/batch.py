@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass
 class DFlashTargetBatch:
     """One training batch: B samples, right-padded to S tokens; L captured layers of hidden size H, side by side.
 
-    The first four fields have the names and the order of NeMo AutoModel's class, so a trainer takes either.
+    The first eight fields have the names and the order of NeMo AutoModel's class, so a trainer takes either.
     """
 
     hidden_states: Tensor
@@ -27,6 +28,13 @@ class DFlashTargetBatch:
     """``[B, S]`` int64: 1 where the draft is trained on the token"""
     logits: Tensor | None = None
     """``[B, S, V]``: the target's logits, where they were asked for (``capture_logits=True``)"""
+    position_ids: Tensor | None = None
+    """``[B, S]`` int64, packed rows only: position within the document, from 0"""
+    seq_lens: Tensor | None = None
+    """``[B, D]`` int64, packed rows only: lengths of each row's documents, the padding at its end counted as one more;
+    then zeros, to the largest number of documents"""
+    doc_remaining: Tensor | None = None
+    """``[B, S]`` int64, packed rows only: tokens that follow in the same document, 0 at its last one and on padding"""
     last_hidden_states: Tensor | None = None
     """``[B, S, H]``, stored dtype: what the target's LM head takes, after the final norm"""
     logits_topk_values: Tensor | None = None
@@ -48,3 +56,17 @@ class DFlashTargetBatch:
         values = (getattr(self, field.name) for field in fields(self))
         moved: list[Any] = [None if value is None else function(value) for value in values]
         return type(self)(*moved)
+
+
+def collate(samples: Sequence[DFlashTargetBatch]) -> DFlashTargetBatch:
+    """One batch of several, right-padded with zeros to the longest: the ``collate_fn`` of a torch ``DataLoader``.
+
+    Args:
+        samples: unpacked, as ``cache[i]`` gives them.
+    """
+
+    def padded(name: str) -> Tensor | None:
+        values = [getattr(sample, name) for sample in samples]
+        return None if values[0] is None else pad_sequence([row for value in values for row in value], True)
+
+    return DFlashTargetBatch(*(padded(field.name) for field in fields(DFlashTargetBatch)))  # type: ignore[arg-type]

@@ -6,21 +6,23 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from cache_format.batch import DFlashTargetBatch
 from cache_format.embeddings import load_input_embeddings, load_output_embeddings
 from cache_format.errors import CacheError, InputError, MismatchError
+from cache_format.gather import Piece, gather, widened
 from cache_format.index import INDEX_NAME, SHARDS_NAME, Index, read_index, read_shards, tables_from_shards
+from cache_format.loader import CacheLoader, LoaderOptions, default_rank
 from cache_format.manifest import Manifest
+from cache_format.packing import with_documents
 from cache_format.safetensors_file import DTYPES
 from cache_format.shard import ShardFile, sample_hasher, shard_name
 from cache_format.storage import inside
@@ -146,13 +148,14 @@ class FeatureCache(Dataset):
         shard, start, stop = self._locate(i)
         stored = {t.name: shard.view(t.name, start, stop) for t in self._schema.token_tensors}
         if self._options["verify"]:
-            self._check_sample(i, [stored[t.name] for t in self._schema.token_tensors])
+            bytes_ = [stored[t.name].reshape(-1).view(torch.uint8).numpy() for t in self._schema.token_tensors]
+            self._check_sample(i, bytes_)
         return DFlashTargetBatch(
             hidden_states=self._schema.codec.decode(stored).unsqueeze(0),
             input_ids=stored["input_ids"].to(torch.int64).unsqueeze(0),
             attention_mask=stored["attention_mask"].to(torch.int64).unsqueeze(0),
             loss_mask=stored["loss_mask"].to(torch.int64).unsqueeze(0),
-            **{t.name: _widened(stored[t.name]).unsqueeze(0) for t in self._schema.captures},
+            **{t.name: widened(stored[t.name]).unsqueeze(0) for t in self._schema.captures},
         )
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> DFlashTargetBatch:
@@ -166,31 +169,114 @@ class FeatureCache(Dataset):
         """
         if not len(indices):
             raise InputError("batch() needs at least one sample index")
-        samples = [self[i] for i in indices]
-        shape = (len(samples), max(sample.input_ids.shape[1] for sample in samples))
-        hidden = torch.empty(*shape, self.manifest.width, dtype=self.manifest.torch_dtype)
-        ids, attention, loss = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
-        for row, sample in enumerate(samples):
-            length = sample.input_ids.shape[1]
-            hidden[row, :length] = sample.hidden_states[0]
-            hidden[row, length:] = 0
-            ids[row, :length] = sample.input_ids[0]
-            attention[row, :length] = sample.attention_mask[0]
-            loss[row, :length] = sample.loss_mask[0]
-        extra = {t.name: pad_sequence([getattr(s, t.name)[0] for s in samples], True) for t in self._schema.captures}
-        return DFlashTargetBatch(hidden, ids, attention, loss, **extra)
+        return self.gather([[i] for i in indices], allocate=lambda size: torch.empty(size, dtype=torch.uint8))
+
+    def gather(
+        self,
+        rows: Sequence[Sequence[int] | np.ndarray],
+        *,
+        allocate: Callable[[int], Tensor],
+        max_length: int | None = None,
+        pack_to: int | None = None,
+    ) -> DFlashTargetBatch:
+        """A batch of rows that each hold one sample or, with ``pack_to``, several; what ``batch`` and ``loader`` use.
+
+        Args:
+            rows: the sample indices of each row, from left to right.
+            allocate: gives the batch's memory: uint8, of a size in bytes.
+            max_length: take no more than the first ``max_length`` tokens of a sample.
+            pack_to: S, the length of every row; None: the longest row's.
+
+        Raises:
+            IndexError, CacheError: as for ``cache[i]``.
+        """
+        pieces: list[Piece] = []
+        lengths = [[self._take(i, max_length) for i in row] for row in rows]
+        for number, (row, sizes) in enumerate(zip(rows, lengths, strict=True)):
+            at = 0
+            for i, size in zip(row, sizes, strict=True):
+                shard, start, _ = self._locate(i)
+                pieces.append(Piece(int(i), shard.file, start, size, number, at))
+                at += size
+        longest = pack_to or max(sum(sizes) for sizes in lengths)
+        check = self._check_piece if self._options["verify"] else None
+        batch = gather(self._schema, pieces, len(rows), longest, allocate, check)
+        return batch if pack_to is None else with_documents(batch, lengths)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[DFlashTargetBatch]:
+        """What a torch ``DataLoader`` asks for; give it ``collate_fn=cache_format.collate``."""
+        return [self[i] for i in indices]
 
     def loader(
-        self, batch_size: int, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False
-    ) -> Iterator[DFlashTargetBatch]:
-        """One epoch of batches: every sample once, in order or in an order drawn from ``seed``."""
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
-        order = np.random.default_rng(seed).permutation(len(self)) if shuffle else np.arange(len(self))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            if len(chosen) == batch_size or not drop_last:
-                yield self.batch(chosen)
+        self,
+        batch_size: int | None = None,
+        *,
+        batch_tokens: int | None = None,
+        pack_to: int | None = None,
+        shuffle: bool | str = False,
+        window_shards: int = 8,
+        seed: int = 0,
+        drop_last: bool = False,
+        max_length: int | None = None,
+        filter: Callable[[Index], np.ndarray] | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        device: torch.device | str | None = None,
+        threads: int = 4,
+        prefetch: int = 4,
+    ) -> CacheLoader:
+        """Batches for training: an iterable of :class:`DFlashTargetBatch`, one epoch each time it is iterated over.
+
+        ``len()``, ``set_epoch(epoch)``, ``state_dict()`` and ``load_state_dict(state)`` are what trainers expect of it;
+        a state resumes within an epoch, exactly, on any number of ranks. The order is a pure function of the options,
+        the seed and the epoch; threads and prefetch do not change it.
+
+        A batch stays valid for as long as any tensor of it is held; its memory is then used again. Memory is bounded
+        by ``prefetch + 2`` batches of the largest size, and those that the caller holds. On CUDA that memory
+        is page-locked, and two batches are on the device beside those that the caller holds.
+
+        Args:
+            batch_size: samples of a batch, or packed rows.
+            batch_tokens: instead: tokens of a batch, padding included. Samples of like length, found among
+                4,096 neighbours in the order, go together, so that padding is small.
+            pack_to: rows of S tokens with several samples in each, and position_ids, seq_lens and doc_remaining.
+            shuffle: True or ``"full"``: all samples in random order. ``"window"``: shards in random order, samples
+                mixed within ``window_shards`` of them, for disks and networks that are slow at random reads.
+            window_shards: shards that are read at a time with ``shuffle="window"``.
+            seed: of the shuffle, at least 0.
+            drop_last: leave out an incomplete last batch and an incomplete last step over the ranks. Otherwise every
+                sample comes exactly once an epoch: what is left for the last step is divided evenly over the ranks,
+                and if it is fewer samples than ranks it joins the batches of the step before.
+            max_length: cut samples to their first ``max_length`` tokens.
+            filter: index columns -> bool for each sample, such as ``lambda index: index.num_loss_tokens >= 16``;
+                columns are numpy arrays (``sample_id``, ``shard``, ``num_tokens``, ``num_loss_tokens``).
+            rank: of this process; with ``world_size`` from torch.distributed or torchrun's environment by default.
+            world_size: processes that share the epoch.
+            device: where batches are wanted; copies to a CUDA device overlap with the trainer's work.
+            threads: that read.
+            prefetch: batches that are read ahead.
+
+        Raises:
+            InputError: an option that cannot be, or samples longer than ``batch_tokens`` or ``pack_to``.
+        """
+        its_rank, its_world = default_rank()
+        options = LoaderOptions(
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            pack_to=pack_to,
+            shuffle=shuffle,
+            window_shards=window_shards,
+            seed=seed,
+            drop_last=drop_last,
+            max_length=max_length,
+            filter=filter,
+            rank=its_rank if rank is None else rank,
+            world_size=its_world if world_size is None else world_size,
+            device=None if device is None else torch.device(device),
+            threads=threads,
+            prefetch=prefetch,
+        )
+        return CacheLoader(self, options)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The target's token embedding, frozen, read from the cache itself."""
@@ -200,15 +286,27 @@ class FeatureCache(Dataset):
         """The target's LM head, frozen, read from the cache itself."""
         return load_output_embeddings(self.path, self.manifest.target)
 
-    def _check_sample(self, i: int, pieces: Sequence[Tensor]) -> None:
-        """Compare sample i's checksum with that of its stored rows, tensor by tensor in file order.
+    def _take(self, i: int, max_length: int | None) -> int:
+        """Tokens taken of sample i."""
+        length = int(self.index.num_tokens[i])
+        return length if max_length is None else min(length, max_length)
+
+    def _check_piece(self, piece: Piece, stored: Sequence[np.ndarray]) -> None:
+        """Check a sample as it was read; one that was cut is read again as a whole."""
+        if piece.length < int(self.index.num_tokens[piece.sample]):
+            self[piece.sample]
+        else:
+            self._check_sample(piece.sample, stored)
+
+    def _check_sample(self, i: int, stored: Sequence[np.ndarray]) -> None:
+        """Compare sample i's checksum with that of its stored bytes, tensor by tensor in file order.
 
         Raises:
             CacheError: they differ.
         """
         hasher = sample_hasher(int(self.index.sample_id[i]))
-        for piece in pieces:
-            hasher.update(piece.reshape(-1).view(torch.uint8).numpy().data)
+        for data in stored:
+            hasher.update(data.data)
         if hasher.intdigest() != int(self.index.checksum[i]):
             raise CacheError(
                 self.path / shard_name(int(self.index.shard[i])),
@@ -233,7 +331,8 @@ class FeatureCache(Dataset):
             shard = self._open_shards.pop(number, None) or _MappedShard(self.path, self._schema, number)
             self._open_shards[number] = shard
             while len(self._open_shards) > MAX_OPEN_SHARDS:
-                self._open_shards.popitem(last=False)[1].file.close()
+                # Not closed here: another thread may be reading it. It closes with its last user.
+                self._open_shards.popitem(last=False)
             return shard
 
 
@@ -254,11 +353,6 @@ class _MappedShard:
         count = (stop - start) * place.row_bytes // place.itemsize
         flat = torch.frombuffer(self._map, dtype=DTYPES[place.dtype], count=count, offset=offset)
         return flat.view(stop - start, *place.shape[1:])
-
-
-def _widened(stored: Tensor) -> Tensor:
-    """Token ids are int64 in a batch; everything else is as stored."""
-    return stored.to(torch.int64) if stored.dtype == torch.int32 else stored
 
 
 def _reopen(path: str, options: dict[str, Any]) -> FeatureCache:
