@@ -400,6 +400,57 @@ def repair(
         raise typer.Exit(EXIT_FAILED)
 
 
+@app.command()
+def export(
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write: new, or begun by the same command.")],
+    to: Annotated[
+        str,
+        typer.Option(help="specforge, speculators, modelopt, deepspec or nemo-dspark.", show_default=False),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask, on a terminal.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the files that another project's own offline reader opens. The same command again resumes it.
+
+    A trainer that reads the cache itself (see the README) needs no copy of it: an export is as large as the cache, or
+    larger, so its size is shown first, and on a terminal it asks. Each sample's checksum is checked on the way.
+    modelopt, deepspec and nemo-dspark hold the target's last hidden states: extract with --capture last_hidden_states.
+    speculators holds the output of the target's last layer: name it in --target-layers.
+
+    Example: dflash-cache export /data/cache --to specforge /data/specforge
+    """
+    from cache_format import FeatureCache
+    from cache_format.export import LAYOUTS, plan_export
+    from cache_format.export import export as run_export
+
+    if to not in LAYOUTS:
+        raise InputError(f"--to {to}: choose one of {', '.join(LAYOUTS)}")
+    try:
+        source = FeatureCache.open(cache, verify="sample")
+    except CacheError as error:
+        raise InputError(str(error)) from error
+    plan = plan_export(source, LAYOUTS[to], out)
+    done = f", {plan.done_files:,} of them done" if plan.done_files else ""
+    say(f"{out}: {plan.files:,} files, {size(plan.bytes)}{done}; {size(plan.free_bytes)} free. Reader: {plan.reader}")
+    if not yes and sys.stdin.isatty() and sys.stderr.isatty() and not typer.confirm("Write them?", err=True):
+        say("nothing was changed")
+        raise typer.Exit(EXIT_FAILED)
+    with Reporter("export", plan.bytes, "bytes") as reporter:
+        report = run_export(
+            source, LAYOUTS[to], out, progress=lambda files, done: reporter.update(done, f"{files:,} files")
+        )
+    if as_json:
+        print(json.dumps({**asdict(report), "plan": asdict(plan)}))
+        return
+    say(f"{out}: complete, {report.files:,} files written, {report.done_files:,} were there")
+    if report.left_out:
+        say(f"left out: {report.left_out:,} samples that {plan.reader} refuses (no two adjacent learned tokens)")
+    for line in plan.settings:
+        say(f"set in the trainer: {line}")
+
+
 def _options(arguments: dict[str, Any]) -> Any:
     """The command line as an ExtractOptions."""
     from extractor.config import DataOptions, ExtractOptions, TargetOptions, parse_captures, parse_size

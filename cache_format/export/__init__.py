@@ -1,0 +1,18 @@
+"""Export: write a cache as the files that another project's own offline reader opens. One file a layout.
+
+``LAYOUTS`` maps the name on the command line to its layout; ``plan_export`` says what an export will take,
+``export`` carries it out.
+"""
+
+from cache_format.export.deepspec import DEEPSPEC
+from cache_format.export.layout import ExportFile, Layout, LeftOut
+from cache_format.export.modelopt import MODELOPT
+from cache_format.export.nemo_dspark import NEMO_DSPARK
+from cache_format.export.run import ExportPlan, ExportReport, export, plan_export
+from cache_format.export.specforge import SPECFORGE
+from cache_format.export.speculators import SPECULATORS
+
+LAYOUTS = {layout.name: layout for layout in (SPECFORGE, SPECULATORS, MODELOPT, DEEPSPEC, NEMO_DSPARK)}
+"""Name -> layout."""
+
+__all__ = ["LAYOUTS", "ExportFile", "ExportPlan", "ExportReport", "Layout", "LeftOut", "export", "plan_export"]

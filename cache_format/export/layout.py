@@ -1,0 +1,113 @@
+"""What every layout has in common: which files it needs, how each is filled, and how tensors get into them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from cache_format.batch import DFlashTargetBatch
+from cache_format.errors import InputError
+from cache_format.reader import FeatureCache
+from cache_format.safetensors_file import DTYPE_NAMES, plan_container
+from cache_format.storage import write_all
+
+FILES_A_FOLDER = 5_000
+"""Samples in one folder where the peer's reader walks folders: listing a folder of a million files is slow."""
+
+
+class LeftOut(Exception):
+    """Raised by ``ExportFile.fill`` for a sample that the peer's reader would refuse; its file is not written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportFile:
+    """One file of an export. Written whole or not at all, so a file that exists is not filled again."""
+
+    name: str
+    """path below OUT, with ``/``"""
+    num_bytes: int
+    """its size; where torch.save writes it, without the few KiB of its container"""
+    fill: Callable[[BinaryIO], None]
+    """writes the content; a pure function of the cache, so an interrupted export ends in the same bytes"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The files of one project's offline reader."""
+
+    name: str
+    """as in ``--to``"""
+    reader: str
+    """project, version and class that this was matched against"""
+    check: Callable[[FeatureCache], None]
+    """raises InputError where the cache lacks what the layout needs, naming the extract option that captures it"""
+    files: Callable[[FeatureCache], Iterator[ExportFile]]
+    """every file, lazily, in the order of writing; what makes the reader accept the folder comes last"""
+    settings: Callable[[FeatureCache], list[str]]
+    """what to set in the peer's trainer so that it fits this cache, a line each"""
+
+
+def last_layer(cache: FeatureCache) -> int:
+    """The target's last decoder layer."""
+    return cache.manifest.target.num_hidden_layers - 1
+
+
+def require_last_hidden_states(cache: FeatureCache, name: str) -> None:
+    """Refuse a cache without ``last_hidden_states``.
+
+    Raises:
+        InputError: names the option that captures them.
+    """
+    if not cache.manifest.capture["last_hidden_states"]:
+        raise InputError(
+            f"{cache.path}: the {name} layout holds the target's last hidden states, which this cache does not have. "
+            "Extract with `--capture last_hidden_states` into another --out"
+        )
+
+
+def states_of_last_layer_normed(cache: FeatureCache, sample: DFlashTargetBatch) -> Tensor:
+    """``hidden_states [S, L*H]`` in transformers' convention: of the last decoder layer, the state after the norm.
+
+    The cache holds that layer's own output, before the norm; ``last_hidden_states`` is the same state after it.
+    """
+    states, layers = sample.hidden_states[0], cache.target_layer_ids
+    if last_layer(cache) not in layers:
+        return states
+    assert sample.last_hidden_states is not None
+    blocks = states.reshape(len(states), len(layers), cache.hidden_size).clone()
+    blocks[:, [layer == last_layer(cache) for layer in layers]] = sample.last_hidden_states[0][:, None]
+    return blocks.flatten(1)
+
+
+def write_tensor(file: BinaryIO, tensor: Tensor) -> None:
+    """Append the tensor's elements in row-major order, little-endian."""
+    write_all(file, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def safetensors_size(entries: list[tuple[str, str, tuple[int, ...]]]) -> int:
+    """Size of a safetensors file of ``(name, dtype, shape)`` tensors."""
+    return plan_container(entries, {"format": "pt"}).num_bytes
+
+
+def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
+    """Write a plain safetensors file."""
+    entries = [(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    write_all(file, plan_container(entries, {"format": "pt"}).header)
+    for tensor in tensors.values():
+        write_tensor(file, tensor)
+
+
+def write_torch(file: BinaryIO, record: Mapping[str, Tensor | bool]) -> None:
+    """``torch.save`` of a dict: the same bytes each time. Opens with ``torch.load(weights_only=True)``."""
+    # A clone, because torch.save writes the whole storage that a view is part of.
+    own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in record.items()}
+    # Buffered, because torch.save does not notice that an unbuffered write stopped short (2 GiB limit of Linux).
+    buffered = io.BufferedWriter(file)
+    torch.save(own, buffered)
+    buffered.flush()
+    buffered.detach()
