@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
-from synthetic_cache import write_cache
+from synthetic_cache import drop_pages, write_large_cache
 
 from cache_format import FeatureCache
 from cache_format.integrity import verify
@@ -34,35 +34,8 @@ CHUNK = 4 << 20
 THREADS = os.cpu_count() or 1
 
 
-def make(cache: Path, gib: float) -> None:
-    """A bfloat16 cache of about ``gib`` GiB in shards of 512 MiB."""
-    width, rng = 5 * 4096, np.random.default_rng(0)
-    lengths: list[int] = []
-    while sum(lengths) * width * 2 < gib * 2**30:
-        lengths.append(int(np.clip(rng.lognormal(6.3, 0.8), 16, 4096)))
-    pool = torch.randn(4096, width).to(torch.bfloat16)
-    write_cache(
-        cache,
-        lengths,
-        dtype="bfloat16",
-        hidden=4096,
-        target_layer_ids=[1, 9, 17, 25, 33],
-        shard_bytes=512 << 20,
-        states=lambda _sample_id, num_tokens: pool[:num_tokens],
-    )
-
-
 def shards(cache: Path) -> list[Path]:
     return sorted((cache / "shards").iterdir())
-
-
-def drop_pages(cache: Path) -> None:
-    for path in cache.rglob("*"):
-        if path.is_file():
-            fd = os.open(path, os.O_RDONLY)
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
 
 
 def hash_memory(_cache: Path, num_bytes: int) -> None:
@@ -115,7 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         cache = Path(folder) / "cache"
-        make(cache, args.gib)
+        write_large_cache(cache, args.gib)
         num_bytes = sum(path.stat().st_size for path in shards(cache))
         print(f"{num_bytes / 2**30:.2f} GiB in {len(shards(cache))} shards, {THREADS} threads, median of {args.repeat}")
         print(f"{'':6}{'hash':>10}{'read':>10}{'verify':>10}   GB/s; verify / slower of the two")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -106,3 +107,31 @@ def write_cache(
     if only_shards is None:
         seal(cache, manifest)
     return samples
+
+
+def write_large_cache(cache: Path, gib: float, *, hidden: int = 4096, longest: int = 4096) -> None:
+    """A bfloat16 cache of about ``gib`` GiB, five layers, samples of log-normal length, shards of 512 MiB."""
+    width, rng = 5 * hidden, np.random.default_rng(0)
+    lengths: list[int] = []
+    while sum(lengths) * width * 2 < gib * 2**30:
+        lengths.append(int(np.clip(rng.lognormal(6.3, 0.8), 16, longest)))
+    pool = torch.randn(longest, width).to(torch.bfloat16)
+    write_cache(
+        cache,
+        lengths,
+        dtype="bfloat16",
+        hidden=hidden,
+        target_layer_ids=[1, 9, 17, 25, 33],
+        shard_bytes=512 << 20,
+        states=lambda _sample_id, num_tokens: pool[:num_tokens],
+    )
+
+
+def drop_pages(folder: Path) -> None:
+    """Drop every file below ``folder`` from the page cache (needs no root)."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
