@@ -38,7 +38,7 @@ from extractor.load_target import (
 from extractor.plan import Plan
 from extractor.prepare import prepare
 from extractor.progress import Reporter, compact, say, size
-from extractor.resume import missing_shards
+from extractor.resume import missing_shards, require_all_files
 from extractor.run import RunStats, ShardRunner
 from extractor.target import HFDFlashTargetModel
 from extractor.target_files import write_target_files
@@ -114,6 +114,7 @@ class _Job:
             manifest.write(out)
         stats = RunStats()
         if manifest.state == "complete":
+            require_all_files(out, manifest)
             say(f"{out}: already complete, nothing to do")
         else:
             stats, manifest = self._make(manifest)

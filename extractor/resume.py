@@ -7,8 +7,21 @@ from pathlib import Path
 import numpy as np
 
 from cache_format.errors import CacheError
+from cache_format.manifest import Manifest
 from cache_format.shard import ShardFile, ShardSchema, shard_name
 from extractor.plan import Plan, ShardPlan
+
+
+def require_all_files(cache: Path, manifest: Manifest) -> None:
+    """Whether a cache of state complete still has every file: a repair may have been killed, or a file lost.
+
+    Raises:
+        CacheError: one is missing.
+    """
+    assert manifest.totals is not None
+    for name in (*manifest.files, *map(shard_name, range(manifest.totals.shards))):
+        if not (cache / name).exists():
+            raise CacheError(cache / name, f"is missing; {_way_out(cache)}")
 
 
 def missing_shards(cache: Path, schema: ShardSchema, plan: Plan) -> list[int]:
@@ -28,9 +41,12 @@ def missing_shards(cache: Path, schema: ShardSchema, plan: Plan) -> list[int]:
                 if not _as_planned(shard, plan.shard(number)):
                     raise CacheError(path, "holds other samples than planned")
         except CacheError as error:
-            way_out = f"run `dflash-cache repair {cache}`, then this command again"
-            raise CacheError(path, f"{error.problem}; {way_out}") from None
+            raise CacheError(path, f"{error.problem}; {_way_out(cache)}") from None
     return missing
+
+
+def _way_out(cache: Path) -> str:
+    return f"run `dflash-cache repair {cache}`, then this command again"
 
 
 def _as_planned(shard: ShardFile, planned: ShardPlan) -> bool:
