@@ -2,9 +2,10 @@
 
 Why there is no data-loading framework under it: Grain 0.2.18 and torchdata.nodes 0.11 were put under the same order
 and the same read (``FeatureCache.gather`` into pooled buffers), 4 threads, 4 batches ahead. Bandwidth is about the same
-(Grain 6.9, this 7.0, torchdata 5.4 GB/s on 2 cores); a batch costs 34, 16 and 59 microseconds beside its read. Their state counts the items of one iterator, and ours has to count global batches, so that another number of ranks can
-go on from it: the order would be ours all the same, and what is left for a framework is the executor of the standard
-library and a queue. So that is what is used, and importing cache_format stays light.
+(Grain 6.9, this 7.0, torchdata 5.4 GB/s on 2 cores); a batch costs 34, 16 and 59 microseconds beside its read. Their
+state counts the items of one iterator, and ours has to count global batches, so that another number of ranks can go on
+from it: the order would be ours all the same, and what is left for a framework is the executor of the standard library
+and a queue. So that is what is used, and importing cache_format stays light.
 """
 
 from __future__ import annotations
