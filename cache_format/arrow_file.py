@@ -7,6 +7,7 @@ they say themselves how much memory they want.
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 from pathlib import Path
@@ -25,8 +26,12 @@ def write_batch(path: Path, batch: pa.RecordBatch) -> None:
     Raises:
         StorageError: the operating system refused.
     """
-    with committed(path) as file, pa.ipc.new_file(file, batch.schema) as writer:
-        writer.write_batch(batch)
+    with committed(path) as file:
+        # pyarrow takes no notice of a write that stops short (a full disk, the 2 GiB limit of Linux); this one goes on.
+        whole = io.BufferedWriter(file)
+        with pa.ipc.new_file(whole, batch.schema) as writer:
+            writer.write_batch(batch)
+        whole.detach()
 
 
 def read_batch(path: Path, schema: pa.Schema) -> tuple[pa.RecordBatch, dict[bytes, bytes]]:

@@ -54,6 +54,8 @@ _WAY_OUT = {
     errno.EACCES: "permission denied; make the folder writable for this user and run the same command again",
     errno.EPERM: "permission denied; make the folder writable for this user and run the same command again",
     errno.EROFS: "the file system is read-only; remount it for writing and run the same command again",
+    errno.EFBIG: "larger than this file system or this process may write (ulimit -f); raise the limit and run the same "
+    "command again, finished shards are kept",
     errno.EIO: "the device reported an input/output error; check the disk, then run the same command again",
     errno.ENOENT: "the folder has vanished (was a mount lost?); bring it back and run the same command again",
     errno.ESTALE: "the network mount went away; mount it again and run the same command again",

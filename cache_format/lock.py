@@ -77,9 +77,14 @@ def _take(fd: int, job: str | None) -> bool:
 
 def _release(path: Path, fd: int) -> None:
     # Unlinked while held alone: whoever opened the old file sees that its name is gone and tries again.
-    if _flock(fd, fcntl.LOCK_EX) and _is_current(path, fd):
-        path.unlink(missing_ok=True)
-    os.close(fd)
+    # Where it cannot be unlinked (a disk gone bad), closing gives the lock back, and the file is of no account.
+    try:
+        if _flock(fd, fcntl.LOCK_EX) and _is_current(path, fd):
+            path.unlink(missing_ok=True)
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
 
 
 def _flock(fd: int, kind: int) -> bool:

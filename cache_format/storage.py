@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,24 +77,6 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def sync_tree(folder: Path) -> None:
-    """fsync every file and folder below ``folder``, for files that a library wrote by name.
-
-    Raises:
-        StorageError: the operating system refused.
-    """
-    try:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-            else:
-                sync_folder(path)
-        sync_folder(folder)
-    except OSError as error:
-        raise StorageError(folder, "write", error) from error
-
-
 @contextmanager
 def committed(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary sibling of ``path`` for writing; on a clean exit it becomes ``path``, whole and durable.
@@ -124,7 +107,16 @@ def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Delete what an earlier, killed process left half-written in ``folder``. Call it with the lock held."""
+    """Delete what an earlier, killed process left half-written in ``folder``. Call it with the lock held.
+
+    Raises:
+        StorageError: the operating system refused.
+    """
     for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        with suppress(FileNotFoundError):
-            path.unlink()
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(path, "remove what an earlier run left", error) from error

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from cache_format.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, HEAD_BIAS, write_embeddings
-from cache_format.storage import sync_tree
+from cache_format.errors import StorageError
+from cache_format.storage import TEMPORARY_SUFFIX, committed, make_folder, write_all
+
+_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def write_target_files(cache: Path, model: Any, config: Any, tokenizer: Any) -> tuple[bool, float]:
-    """Fill target/ durably.
+    """Fill target/, committing file by file.
 
     Returns:
         Whether the embeddings are tied (lm_head.weight is then not stored again), and what the target multiplies
@@ -19,9 +25,7 @@ def write_target_files(cache: Path, model: Any, config: Any, tokenizer: Any) -> 
     Raises:
         StorageError: the operating system refused.
     """
-    folder = cache / "target"
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    _commit_saved(cache / "target", config, tokenizer)
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     tensors = {EMBED: embed.weight}
     tied = head is not None and head.weight.data_ptr() == embed.weight.data_ptr()
@@ -30,5 +34,34 @@ def write_target_files(cache: Path, model: Any, config: Any, tokenizer: Any) -> 
     if head is not None and head.bias is not None:
         tensors[HEAD_BIAS] = head.bias
     write_embeddings(cache / EMBEDDINGS_NAME, tensors)
-    sync_tree(folder)
     return tied, float(getattr(embed, "embed_scale", 1.0))
+
+
+def _commit_saved(folder: Path, *parts: Any) -> None:
+    """Commit what ``save_pretrained`` of each part writes; it knows no temporary names, so it is sent aside."""
+    try:
+        with TemporaryDirectory(
+            dir=folder, prefix=".saved.", suffix=TEMPORARY_SUFFIX, ignore_cleanup_errors=True
+        ) as aside:
+            for part in parts:
+                part.save_pretrained(aside)
+            for path in sorted(path for path in Path(aside).rglob("*") if path.is_file()):
+                final = folder / path.relative_to(aside)
+                make_folder(final.parent)
+                with committed(final) as file:
+                    write_all(file, path.read_bytes())
+    except StorageError:
+        raise
+    except Exception as error:
+        refused = _os_error(error)
+        if refused is None:
+            raise
+        raise StorageError(folder, "write the config and tokenizer files", refused) from error
+
+
+def _os_error(error: Exception) -> OSError | None:
+    """The refusal of the operating system behind ``error``; libraries in Rust tell it in the text alone."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    found = _RUST_OS_ERROR.search(str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
