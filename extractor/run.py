@@ -1,29 +1,35 @@
 """Shard by shard: batches through the target, rows to their place in a shard buffer, the file written behind the next.
 
-Host memory is bounded: two shard buffers and one batch, whatever the dataset's size. While the target works on one
-shard, a background thread checksums and commits the one before; with both buffers busy the target waits for the disk.
+Host memory is bounded: three shard buffers and one batch, whatever the dataset's size. While the target works on one
+shard, background threads checksum and commit those before; with all buffers busy the target waits for the disk.
+On CUDA the rows of a batch leave on a side stream while the next batch runs.
 """
 
 from __future__ import annotations
 
 import queue
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cache_format.codec import RawCodec
 from cache_format.errors import DFlashCacheError
+from cache_format.safetensors_file import DTYPES
 from cache_format.samples import PreparedSamples
 from cache_format.shard import ShardBuffer, ShardSchema, shard_name
 from extractor.forward import HiddenStateExtractor
 from extractor.plan import Plan, ShardPlan
+from extractor.timeline import Timeline
 
-NUM_BUFFERS = 2
+NUM_BUFFERS = 3
+"""One being filled, two being written."""
 
 
 class NonFiniteError(DFlashCacheError):
@@ -41,6 +47,18 @@ class RunStats:
     bytes: int = 0
     seconds: float = 0.0
     seconds_waiting_for_disk: float = 0.0
+    """the target stood still because every buffer was still being written"""
+    seconds_writing: float = 0.0
+    """checksums, writes and syncs, beside the target's work; of all writer threads together"""
+    seconds_to_first_batch: float = 0.0
+    """from the start of the command to the first batch given to the target"""
+
+    def add(self, other: RunStats) -> None:
+        """Count the work of another worker of the same job; ``seconds`` is that of the slowest."""
+        for name in ("shards", "samples", "tokens", "padded_tokens", "bytes"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("seconds", "seconds_waiting_for_disk", "seconds_writing", "seconds_to_first_batch"):
+            setattr(self, name, max(getattr(self, name), getattr(other, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +73,7 @@ class ShardRunner:
     device: torch.device
     on_nonfinite: str
     """``fail``, or ``quarantine``: leave the sample out of its shard"""
+    timeline: Timeline = field(default_factory=Timeline)
 
     def run(self, numbers: Iterable[int], report: Callable[[RunStats], None] = lambda stats: None) -> RunStats:
         """Make and commit shards ``numbers``, in that order; ``report`` is called after every batch.
@@ -71,21 +90,28 @@ class ShardRunner:
         free: queue.SimpleQueue[ShardBuffer] = queue.SimpleQueue()
         for _ in range(min(NUM_BUFFERS, len(numbers))):
             free.put(ShardBuffer(largest, pin_memory=self.device.type == "cuda"))
-        writing: list[Future[int]] = []
-        with ThreadPoolExecutor(1, thread_name_prefix="shard-writer") as writer:
+        most_tokens = max(self.plan.options.batch_tokens, int(self.samples.num_tokens.max()))
+        rows = _DeviceRows(self.schema, self.device, most_tokens)
+        writing: deque[Future[tuple[int, float]]] = deque()
+        with ThreadPoolExecutor(NUM_BUFFERS - 1, thread_name_prefix="shard-writer") as writer:
             for number in numbers:
                 waiting = time.monotonic()
-                while len(writing) >= NUM_BUFFERS or (writing and writing[0].done()):
-                    stats.bytes += writing.pop(0).result()
-                buffer = free.get()
-                stats.seconds_waiting_for_disk += time.monotonic() - waiting
+                with self.timeline.span("wait for a buffer"):
+                    while writing and (writing[0].done() or len(writing) >= NUM_BUFFERS):
+                        _count_written(stats, writing.popleft())
+                    buffer = free.get()
+                if not rows.busy():
+                    stats.seconds_waiting_for_disk += time.monotonic() - waiting
                 shard = self.plan.shard(number)
-                nonfinite, done = self._fill(buffer, shard, stats, started, report)
+                nonfinite, arrived = self._fill(buffer, shard, rows, stats, started, report)
                 stats.shards += 1
-                writing.append(writer.submit(self._finish, buffer, shard, nonfinite, done, free))
+                writing.append(writer.submit(self._finish, buffer, shard, nonfinite, arrived, free))
             waiting = time.monotonic()
-            stats.bytes += sum(future.result() for future in writing)
-            stats.seconds_waiting_for_disk += time.monotonic() - waiting
+            rows.synchronize()
+            computed = time.monotonic()
+            for future in writing:
+                _count_written(stats, future)
+            stats.seconds_waiting_for_disk += time.monotonic() - max(waiting, computed)
         stats.seconds = time.monotonic() - started
         report(stats)
         return stats
@@ -94,36 +120,33 @@ class ShardRunner:
         self,
         buffer: ShardBuffer,
         shard: ShardPlan,
+        device_rows: _DeviceRows,
         stats: RunStats,
         started: float,
         report: Callable[[RunStats], None],
-    ) -> tuple[list[Tensor], torch.cuda.Event | None]:
-        """Run the target over one shard; rows arrive in ``buffer`` once the returned event has happened."""
+    ) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Run the target over one shard; its rows, and what is not finite, are in host memory after the event."""
         buffer.begin(self.schema, shard.number, shard.sample_ids, shard.num_tokens)
         stored = {tensor.name: buffer.tensor(tensor.name) for tensor in self.schema.token_tensors}
         nonfinite = []
         for batch in shard.batches:
             lengths = shard.num_tokens[batch]
             first, last = int(buffer.cu_seqlens[batch.start]), int(buffer.cu_seqlens[batch.stop])
-            input_ids = self._collate(shard.sample_ids[batch], lengths, stored, first)
-            rows = torch.empty(last - first, self.schema.width, dtype=self.schema.dtype, device=self.device)
+            with self.timeline.span("collate"):
+                input_ids = self._collate(shard.sample_ids[batch], lengths, stored, first)
             places = {name: tensor[first:last] for name, tensor in stored.items()}
-            extra = {t.name: torch.empty_like(places[t.name], device=self.device) for t in self.schema.captures}
-            self.extractor.forward(input_ids.to(self.device, non_blocking=True), lengths.tolist(), rows, extra)
-            nonfinite.append(self.extractor.nonfinite(rows, lengths.tolist(), extra))
-            self.schema.codec.encode(rows, places)
-            for name, tensor in extra.items():
-                places[name].copy_(tensor, non_blocking=True)
+            rows, extra = device_rows.take(places)
+            with self.timeline.device_span("forward", self.device):
+                self.extractor.forward(input_ids.to(self.device, non_blocking=True), lengths.tolist(), rows, extra)
+            with self.timeline.device_span("check", self.device):
+                nonfinite.append(self.extractor.nonfinite(rows, lengths.tolist(), extra))
+            device_rows.leave(places, self.timeline)
             stats.samples += len(lengths)
             stats.tokens += last - first
             stats.padded_tokens += input_ids.numel()
             stats.seconds = time.monotonic() - started
             report(stats)
-        if self.device.type != "cuda":
-            return nonfinite, None
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(self.device))
-        return nonfinite, done
+        return device_rows.leave_last(torch.cat(nonfinite))
 
     def _collate(self, sample_ids: np.ndarray, lengths: np.ndarray, stored: dict[str, Tensor], first: int) -> Tensor:
         """input_ids ``[B, S]`` int64, right-padded with 0; ids and loss masks also go to their rows in the shard."""
@@ -141,21 +164,23 @@ class ShardRunner:
         self,
         buffer: ShardBuffer,
         shard: ShardPlan,
-        nonfinite: list[Tensor],
-        done: torch.cuda.Event | None,
+        nonfinite: Tensor,
+        arrived: torch.cuda.Event | None,
         free: queue.SimpleQueue[ShardBuffer],
-    ) -> int:
-        """Writer thread: check, commit, give the buffer back; returns the file's size in bytes."""
-        if done is not None:
-            done.synchronize()
-        bad = torch.cat(nonfinite).cpu()
-        kept = buffer
-        if bad.any():
-            self._refuse_unless_quarantined(shard, bad)
-            kept = buffer.without(bad.any(dim=1).numpy())
-        size = kept.commit(self.cache / shard_name(shard.number))
+    ) -> tuple[int, float]:
+        """Writer thread: check, commit, give the buffer back; returns the file's bytes and the seconds it took."""
+        if arrived is not None:
+            with self.timeline.span("wait for the device"):
+                arrived.synchronize()
+        started = time.monotonic()
+        with self.timeline.span("checksum and write"):
+            kept = buffer
+            if nonfinite.any():
+                self._refuse_unless_quarantined(shard, nonfinite)
+                kept = buffer.without(nonfinite.any(dim=1).numpy())
+            num_bytes = kept.commit(self.cache / shard_name(shard.number))
         free.put(buffer)
-        return size
+        return num_bytes, time.monotonic() - started
 
     def _refuse_unless_quarantined(self, shard: ShardPlan, bad: Tensor) -> None:
         if self.on_nonfinite == "quarantine":
@@ -167,3 +192,82 @@ class ShardRunner:
             f"gave NaN or Inf at {self.extractor.checked[column]}; nothing of this shard was stored. "
             "Try --dtype bfloat16 or float32, or --on-nonfinite quarantine to leave such samples out and list them."
         )
+
+
+class _DeviceRows:
+    """Memory on the device for the rows of a batch, and their way out of it.
+
+    On CUDA two such memories take turns: while one is copied to page-locked host memory on a side stream, the target
+    fills the other. On the CPU raw states are written to their place in the shard at once.
+    """
+
+    def __init__(self, schema: ShardSchema, device: torch.device, most_tokens: int):
+        self._schema, self._device = schema, device
+        self._in_place = device.type == "cpu" and isinstance(schema.codec, RawCodec)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copied: list[torch.cuda.Event | None] = [None, None]
+        self._turn = 0
+        self._memories = [] if self._in_place else [self._memory(most_tokens) for _ in range(2 if self._stream else 1)]
+        self._taken: dict[str, Tensor] = {}
+
+    def take(self, places: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Where to put hidden_states ``[n, L*H]`` and the captures of a batch whose rows belong to ``places``."""
+        captures = [tensor.name for tensor in self._schema.captures]
+        if self._in_place:
+            return places["hidden_states"], {name: places[name] for name in captures}
+        tokens = len(places["input_ids"])
+        self._turn = (self._turn + 1) % len(self._memories)
+        copied = self._copied[self._turn]
+        if copied is not None:
+            torch.cuda.current_stream(self._device).wait_event(copied)
+        self._taken = {name: tensor[:tokens] for name, tensor in self._memories[self._turn].items()}
+        return self._taken["hidden_states"], {name: self._taken[name] for name in captures}
+
+    def leave(self, places: dict[str, Tensor], timeline: Timeline) -> None:
+        """Encode what :meth:`take` gave and copy it to ``places``, on CUDA behind the next batch."""
+        if self._in_place:
+            return
+        if self._stream is None:
+            self._encode(places)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream), timeline.device_span("copy", self._device):
+            self._encode(places)
+        self._copied[self._turn] = self._stream.record_event()
+
+    def leave_last(self, nonfinite: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Copy ``nonfinite`` to the host behind all rows; it and they are there once the event has happened."""
+        if self._stream is None:
+            return nonfinite, None
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            host = torch.empty(nonfinite.shape, dtype=nonfinite.dtype, pin_memory=True)
+            host.copy_(nonfinite, non_blocking=True)
+            nonfinite.record_stream(self._stream)
+        return host, self._stream.record_event()
+
+    def busy(self) -> bool:
+        """Whether the device still has work that it was given."""
+        return self._stream is not None and not torch.cuda.current_stream(self._device).query()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it was given."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _encode(self, places: dict[str, Tensor]) -> None:
+        self._schema.codec.encode(self._taken["hidden_states"], places)
+        for tensor in self._schema.captures:
+            places[tensor.name].copy_(self._taken[tensor.name], non_blocking=True)
+
+    def _memory(self, tokens: int) -> dict[str, Tensor]:
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        shapes["hidden_states"] = ((tokens, self._schema.width), self._schema.dtype)
+        shapes |= {tensor.name: (tensor.shape(tokens), DTYPES[tensor.dtype]) for tensor in self._schema.captures}
+        return {name: torch.empty(shape, dtype=dtype, device=self._device) for name, (shape, dtype) in shapes.items()}
+
+
+def _count_written(stats: RunStats, future: Future[tuple[int, float]]) -> None:
+    num_bytes, seconds = future.result()
+    stats.bytes += num_bytes
+    stats.seconds_writing += seconds
