@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,14 @@ class LockedError(DFlashCacheError):
 
 
 @contextmanager
-def writing(cache: Path, job: str | None = None) -> Iterator[None]:
+def writing(
+    cache: Path, job: str | None = None, first: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[], bool]]:
     """Hold the cache's writer lock, alone or (with ``job``) together with the other workers of that job.
 
-    Released on exit, and by the kernel if the process dies.
+    Released on exit, and by the kernel if the process dies. ``first`` is called by the first worker of a job, while it
+    is alone. What this yields says at the end of the work whether this worker is alone (again): to the last of a job it
+    says True, and keeps the others out; where it says False this worker holds the lock no more.
 
     Raises:
         LockedError: held by another process or job; names its host, pid and since when.
@@ -40,20 +44,24 @@ def writing(cache: Path, job: str | None = None) -> Iterator[None]:
     """
     path = cache / LOCK_NAME
     try:
-        fd = _acquire(path, job)
+        fd = _acquire(path, job, first)
     except OSError as error:
         raise StorageError(path, "lock", error) from error
     try:
-        yield
+        yield lambda: _flock(fd, fcntl.LOCK_EX)
     finally:
         _release(path, fd)
 
 
-def _acquire(path: Path, job: str | None) -> int:
+def _acquire(path: Path, job: str | None, first: Callable[[], None]) -> int:
     for _ in range(_TRIES):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if _take(fd, job) and _is_current(path, fd):
-            return fd
+        try:
+            if _take(path, fd, job, first):
+                return fd
+        except BaseException:
+            os.close(fd)
+            raise
         holder, gone = _holder(fd), not _is_current(path, fd)
         os.close(fd)
         if not gone and holder and (job is None or holder.get("job") != job):
@@ -64,14 +72,18 @@ def _acquire(path: Path, job: str | None) -> int:
     )
 
 
-def _take(fd: int, job: str | None) -> bool:
+def _take(path: Path, fd: int, job: str | None, first: Callable[[], None]) -> bool:
     """Lock the open file, alone or sharing with the same job, and say in it who holds it."""
     if not _flock(fd, fcntl.LOCK_EX):
-        return job is not None and _flock(fd, fcntl.LOCK_SH) and _holder(fd).get("job") == job
+        shared = job is not None and _flock(fd, fcntl.LOCK_SH) and _holder(fd).get("job") == job
+        return shared and _is_current(path, fd)
+    if not _is_current(path, fd):
+        return False
     since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since, "job": job})
     os.ftruncate(fd, 0)
     os.pwrite(fd, text.encode(), 0)
+    first()
     return job is None or _flock(fd, fcntl.LOCK_SH)
 
 

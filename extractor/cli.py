@@ -154,9 +154,45 @@ Capture = Annotated[
 ]
 ShardSize = Annotated[str, typer.Option(help="Largest shard file.", rich_help_panel=_SIZES)]
 BatchTokens = Annotated[
-    int,
+    str,
     typer.Option(
-        min=1, help="Tokens of one forward pass, padding included: memory against speed.", rich_help_panel=_SIZES
+        help="Tokens of one forward pass, padding included: memory against speed. auto: the most that fit the device, "
+        "found by trying once and kept for the whole cache.",
+        rich_help_panel=_SIZES,
+    ),
+]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        help="Several devices of this machine, a worker process each: all, or a list such as cuda:0,cuda:1 or cpu,cpu. "
+        "The same bytes as with one.",
+        rich_help_panel=_TARGET,
+        show_default=False,
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="auto: divide a target that is too large for one device over all of them, layer by layer (needs the "
+        "package accelerate).",
+        rich_help_panel=_TARGET,
+        show_default=False,
+    ),
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="torch.compile the decoder layers. Pays on long jobs; the states round differently.",
+        rich_help_panel=_TARGET,
+    ),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="Only kernels that give the same bits every time; an operation without one is an error.",
+        rich_help_panel=_TARGET,
     ),
 ]
 OnNonfinite = Annotated[
@@ -181,7 +217,11 @@ def extract(
     capture: Capture = [],  # noqa: B006
     dtype: Dtype = "auto",
     device: Device = "auto",
+    devices: Devices = None,
+    device_map: DeviceMap = None,
     attn_implementation: Attention = None,
+    compile: Compile = False,
+    deterministic: Deterministic = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     split: Split = None,
@@ -196,7 +236,11 @@ def extract(
     min_loss_tokens: MinLossTokens = 1,
     on_nonfinite: OnNonfinite = "fail",
     shard_size: ShardSize = "512MiB",
-    batch_tokens: BatchTokens = 8192,
+    batch_tokens: BatchTokens = "8192",
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="Write a Chrome trace: what each thread and the device did when.", show_default=False),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -204,20 +248,30 @@ def extract(
 
     Example: dflash-cache extract --target Qwen/Qwen3-8B --data train.jsonl --out /data/cache
     """
+    from extractor.engine.local import extract_on, parse_devices
+    from extractor.engine.worker import Worker
     from extractor.job import extract as run_extract
 
-    report = run_extract(_options(locals()))
+    options, worker = _options(locals()), Worker.from_environment()
+    if devices is not None and worker.world_size > 1:
+        raise InputError("--devices starts workers of its own; leave it out under torchrun or srun")
+    report = extract_on(parse_devices(devices), options) if devices is not None else run_extract(options, worker)
     if as_json:
         print(json.dumps(asdict(report)))
         return
     run = report.run
     padding = 100 * (1 - run.tokens / run.padded_tokens) if run.padded_tokens else 0.0
     speed = run.tokens / run.seconds if run.seconds else 0.0
-    say(f"{report.cache}: complete, {report.samples:,} samples, {report.tokens:,} tokens, {report.shards:,} shards")
+    state = "complete" if report.complete else f"worker {worker.rank} of {worker.world_size} has done its share"
+    say(f"{report.cache}: {state}, {report.samples:,} samples, {report.tokens:,} tokens, {report.shards:,} shards")
     if run.shards:
         say(
             f"this run: {run.shards:,} shards, {size(run.bytes)} in {duration(run.seconds)}, {speed:,.0f} tok/s, "
-            f"padding {padding:.1f} %, waited {run.seconds_waiting_for_disk:.1f} s for the disk"
+            f"padding {padding:.1f} %"
+        )
+        say(
+            f"first batch after {duration(run.seconds_to_first_batch)}; the target waited "
+            f"{run.seconds_waiting_for_disk:.1f} s for the disk, writing took {run.seconds_writing:.1f} s beside it"
         )
     if report.quarantined:
         say(f"quarantined: {report.quarantined:,} samples with non-finite states; `dflash-cache inspect` lists them")
@@ -246,7 +300,7 @@ def estimate(
     too_long: TooLong = "truncate",
     min_loss_tokens: MinLossTokens = 1,
     shard_size: ShardSize = "512MiB",
-    batch_tokens: BatchTokens = 8192,
+    batch_tokens: BatchTokens = "8192",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -453,7 +507,14 @@ def export(
 
 def _options(arguments: dict[str, Any]) -> Any:
     """The command line as an ExtractOptions."""
-    from extractor.config import DataOptions, ExtractOptions, TargetOptions, parse_captures, parse_size
+    from extractor.config import (
+        DataOptions,
+        ExtractOptions,
+        TargetOptions,
+        parse_batch_tokens,
+        parse_captures,
+        parse_size,
+    )
     from extractor.layer_ids import parse_layer_ids
     from extractor.plan import PlanOptions
     from extractor.prepare import PrepareOptions
@@ -468,14 +529,18 @@ def _options(arguments: dict[str, Any]) -> Any:
             name=arguments["target"],
             target_layer_ids=None if layers is None else tuple(parse_layer_ids(layers)),
             **taken("num_draft_layers", "dtype", "device", "attn_implementation", "revision", "trust_remote_code"),
+            **taken("device_map", "compile", "deterministic"),
         ),
         data=DataOptions(name=arguments["data"], **taken("split", "data_revision", "streaming")),
         prepare=PrepareOptions(
             **taken("max_length", "too_long", "min_loss_tokens", "loss_on", "row_format", "on_bad_row", "limit")
         ),
-        plan=PlanOptions(shard_bytes=parse_size(arguments["shard_size"]), batch_tokens=arguments["batch_tokens"]),
+        plan=PlanOptions(
+            shard_bytes=parse_size(arguments["shard_size"]),
+            batch_tokens=parse_batch_tokens(arguments["batch_tokens"]),
+        ),
         capture=parse_captures(arguments["capture"]),
-        **taken("on_nonfinite"),
+        **taken("on_nonfinite", "profile"),
     )
 
 
@@ -486,11 +551,12 @@ def main() -> None:
         # The libraries' own progress bars would fill a log file; ours writes a line now and then.
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    to_go_on = f"what was finished is kept. To go on: {shlex.join(['dflash-cache', *sys.argv[1:]])}"
     try:
-        with stoppable():
+        with stoppable(to_go_on):
             app(standalone_mode=True)
     except Stopped as stop:
-        say(f"{stop}; what was finished is kept. To go on: {shlex.join(['dflash-cache', *sys.argv[1:]])}")
+        say(f"{stop}; {to_go_on}")
         sys.stdout.flush()
         # Threads of libraries may still run; nothing they do is needed any more.
         os._exit(stop.exit_code)

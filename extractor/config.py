@@ -30,6 +30,12 @@ class TargetOptions:
     attn_implementation: str | None = None
     """None: what transformers picks for the model (sdpa where it can)"""
     trust_remote_code: bool = False
+    device_map: str | None = None
+    """auto: a target too large for one device is divided over several, layer by layer (accelerate)"""
+    compile: bool = False
+    """torch.compile the decoder layers"""
+    deterministic: bool = False
+    """only kernels that give the same bits every time"""
     target_layer_ids: tuple[int, ...] | None = None
     num_draft_layers: int = 5
     """used where target_layer_ids is None: the published DFlash default for that many layers"""
@@ -75,6 +81,8 @@ class ExtractOptions:
     """beside hidden_states"""
     on_nonfinite: str = "fail"
     """fail, or quarantine: leave samples with NaN or Inf out and list them"""
+    profile: Path | None = None
+    """where to write a Chrome trace of the run"""
 
     def __post_init__(self) -> None:
         if self.on_nonfinite not in ("fail", "quarantine"):
@@ -97,6 +105,19 @@ def parse_captures(texts: Sequence[str]) -> Captures:
         else:
             raise InputError(f"--capture {text!r}: choose last_hidden_states or logits-topk=K, such as logits-topk=64")
     return captures
+
+
+def parse_batch_tokens(text: str) -> int | None:
+    """``8192``, or ``auto`` -> None.
+
+    Raises:
+        InputError: something else.
+    """
+    if text == "auto":
+        return None
+    if not text.isdigit():
+        raise InputError(f"--batch-tokens {text!r}: write auto, or a number of tokens such as 8192")
+    return int(text)
 
 
 def parse_size(text: str) -> int:

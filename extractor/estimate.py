@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from cache_format.shard import ShardSchema
 from extractor.config import ExtractOptions
 from extractor.dataset import open_source
 from extractor.load_target import TargetShape, load_config, load_tokenizer, resolve_device, resolve_dtype
-from extractor.plan import Plan
+from extractor.plan import DEFAULT_BATCH_TOKENS, Plan
 from extractor.prepare import prepare_rows
 from extractor.progress import Reporter, size
 
@@ -99,7 +99,9 @@ def estimate(options: ExtractOptions) -> Estimate:
         width=len(layer_ids) * shape.hidden_size,
         captures=options.capture.tensors(torch_dtype(dtype), shape.hidden_size),
     )
-    plan = Plan(np.resize(np.asarray(lengths), round(len(lengths) * scale)), schema.token_bytes, options.plan)
+    # Which samples share a batch does not change the sizes.
+    plan_options = replace(options.plan, batch_tokens=options.plan.batch_tokens or DEFAULT_BATCH_TOKENS)
+    plan = Plan(np.resize(np.asarray(lengths), round(len(lengths) * scale)), schema.token_bytes, plan_options)
     exact = rows is not None and read >= rows
     return Estimate(
         rows=rows,

@@ -21,8 +21,9 @@ def inputs_identity(
 ) -> dict[str, Any]:
     """Dotted field -> JSON value, as far as it is known before the target is loaded and the samples are prepared.
 
-    Later join ``attn_implementation`` and ``padding`` (decided by the loaded target) and ``samples`` (the digest of the
-    prepared samples, in order). Digests the target's weight files, so it takes as long as reading them.
+    Later join ``attn_implementation`` and ``padding`` (decided by the loaded target), ``batch_tokens`` where it is to
+    be found out, and ``samples`` (the digest of the prepared samples, in order). Digests the target's weight files, so
+    it takes as long as reading them.
     """
     target = target_identity(options.target.name, options.target.revision, config)
     return {
@@ -35,8 +36,10 @@ def inputs_identity(
         "data.digest": data_digest,
         **asdict(options.prepare),
         "on_nonfinite": options.on_nonfinite,
+        "compile": options.target.compile,
+        "deterministic": options.target.deterministic,
         "plan": PLAN_VERSION,
-        **asdict(options.plan),
+        **{name: value for name, value in asdict(options.plan).items() if value is not None},
     }
 
 

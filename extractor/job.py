@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,11 @@ from cache_format.samples import PreparedSamples, part_path
 from cache_format.seal import describe_files, seal
 from cache_format.shard import ShardSchema, shard_name
 from cache_format.storage import make_folder, remove_temporaries
+from extractor.batch_budget import find_batch_tokens
 from extractor.config import ExtractOptions
 from extractor.dataset import open_source
+from extractor.deterministic import be_deterministic
+from extractor.engine.worker import Worker
 from extractor.forward import HiddenStateExtractor, padding_mode
 from extractor.identity import inputs_identity, other_software, software
 from extractor.load_target import (
@@ -35,13 +40,17 @@ from extractor.load_target import (
     resolve_device,
     resolve_dtype,
 )
-from extractor.plan import Plan
+from extractor.plan import DEFAULT_BATCH_TOKENS, Plan
 from extractor.prepare import prepare
 from extractor.progress import Reporter, compact, say, size
 from extractor.resume import missing_shards, require_all_files
 from extractor.run import RunStats, ShardRunner
 from extractor.target import HFDFlashTargetModel
 from extractor.target_files import write_target_files
+from extractor.timeline import Timeline
+
+PATIENCE_SECONDS = 30 * 60.0
+"""How long a worker waits for the leading one without seeing it make anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,31 +66,54 @@ class ExtractReport:
     dropped: dict[str, int]
     run: RunStats
     """of this run alone; zeros where nothing was left to do"""
+    complete: bool = True
+    """False: this worker's share is done, others are still at theirs, or left theirs undone"""
 
 
-def extract(options: ExtractOptions) -> ExtractReport:
+def extract(
+    options: ExtractOptions,
+    worker: Worker | None = None,
+    *,
+    on_todo: Callable[[int], None] | None = None,
+    on_stats: Callable[[RunStats], None] | None = None,
+) -> ExtractReport:
     """Make the cache that ``options`` describe, or finish the one that an earlier run with the same options began.
+
+    Args:
+        options: what to make.
+        worker: this process's part in it; None: all of it.
+        on_todo: takes the number of tokens to run, before they are run.
+        on_stats: takes the progress after every batch, instead of the terminal.
 
     Raises:
         DFlashCacheError: bad input (nothing written), another cache in ``out``, a refused write, non-finite states.
     """
     _refuse_foreign_folder(options.out)
-    job = _Job(options)
+    job = _Job(options, worker or Worker(), on_todo, on_stats)
     stored = Manifest.read(options.out) if (options.out / MANIFEST_NAME).exists() else None
     if stored is not None:
         require_same_identity(options.out, stored.identity, job.identity)
     make_folder(options.out)
-    with writing(options.out):
-        return job.run()
+    with writing(options.out, job.worker.job, first=job.clear) as alone:
+        return job.run(alone)
 
 
 class _Job:
     """The inputs of one extraction, opened and identified; nothing is written before ``run``."""
 
-    def __init__(self, options: ExtractOptions):
-        self.options, self.out = options, options.out
+    def __init__(
+        self,
+        options: ExtractOptions,
+        worker: Worker,
+        on_todo: Callable[[int], None] | None,
+        on_stats: Callable[[RunStats], None] | None,
+    ):
+        self.options, self.out, self.worker = options, options.out, worker
+        self.on_todo, self.on_stats = on_todo, on_stats
+        self.started = time.monotonic()
+        self.timeline = Timeline(options.profile is not None)
         target = options.target
-        self.device = resolve_device(target.device)
+        self.device = resolve_device(target.device, worker.local_rank)
         self.dtype = resolve_dtype(target.dtype, self.device)
         self.config = load_config(target.name, target.revision, target.trust_remote_code)
         self.shape = TargetShape.from_config(self.config)
@@ -97,27 +129,38 @@ class _Job:
             data_digest=self.source.digest,
         )
 
-    def run(self) -> ExtractReport:
-        """Bring the cache to state complete, from whatever state it is in."""
-        out = self.out
-        for folder in (out, out / "samples", out / "shards", out / "target"):
+    def say(self, text: str) -> None:
+        """To the terminal, once a job."""
+        if self.worker.leads:
+            say(text)
+
+    def clear(self) -> None:
+        """Make the folders, and remove what killed processes left half-written; before any other worker is there."""
+        for folder in (self.out, self.out / "samples", self.out / "shards", self.out / "target"):
             make_folder(folder)
             remove_temporaries(folder)
+
+    def run(self, alone: Callable[[], bool]) -> ExtractReport:
+        """Do this worker's share, from whatever state the cache is in; the last worker brings it to state complete."""
+        out = self.out
+        if not self.worker.leads:
+            self._await_plan()
         if (out / MANIFEST_NAME).exists():
             manifest = Manifest.read(out)
             require_same_identity(out, manifest.identity, self.identity)
             changed = other_software(manifest.created_with)
             if changed and manifest.state != "complete":
-                say(f"warning: this cache was begun with other software; rounding may differ: {', '.join(changed)}")
+                list_ = ", ".join(changed)
+                self.say(f"warning: this cache was begun with other software; rounding may differ: {list_}")
         else:
             manifest = self._begin()
             manifest.write(out)
         stats = RunStats()
         if manifest.state == "complete":
             require_all_files(out, manifest)
-            say(f"{out}: already complete, nothing to do")
+            self.say(f"{out}: already complete, nothing to do")
         else:
-            stats, manifest = self._make(manifest)
+            stats, manifest = self._make(manifest, alone)
         assert manifest.data is not None
         assert manifest.totals is not None
         return ExtractReport(
@@ -129,7 +172,26 @@ class _Job:
             quarantined=len(manifest.quarantined),
             dropped=manifest.data.dropped,
             run=stats,
+            complete=manifest.state == "complete",
         )
+
+    def _await_plan(self) -> None:
+        """Until the leading worker has prepared the samples and planned the shards.
+
+        Raises:
+            InputError: it has not made anything for half an hour.
+        """
+        seen, since = 0, time.monotonic()
+        while not (self.out / MANIFEST_NAME).exists() or Manifest.read(self.out).state == "preparing":
+            made = len(list((self.out / "samples").glob("*.arrow")))
+            if made != seen:
+                seen, since = made, time.monotonic()
+            if time.monotonic() - since > PATIENCE_SECONDS:
+                raise InputError(
+                    f"{self.out}: worker {self.worker.rank} has waited {PATIENCE_SECONDS / 60:.0f} minutes for worker "
+                    "0 to prepare the samples and has not seen it make any; look at its output, then start all again"
+                )
+            time.sleep(0.2)
 
     def _begin(self) -> Manifest:
         shape = self.shape
@@ -152,7 +214,7 @@ class _Job:
             created_with=software(),
         )
 
-    def _make(self, manifest: Manifest) -> tuple[RunStats, Manifest]:
+    def _make(self, manifest: Manifest, alone: Callable[[], bool]) -> tuple[RunStats, Manifest]:
         try:
             samples = self._prepared(manifest)
         except InputError:
@@ -161,20 +223,28 @@ class _Job:
                 shutil.rmtree(self.out / "samples")
                 (self.out / MANIFEST_NAME).unlink()
             raise
-        plan = Plan(samples.num_tokens, _schema(manifest).token_bytes, self.options.plan)
+        plan = self._plan(manifest, samples)
         sizes = plan.shard_bytes(_schema(manifest))
-        absent = [number for number in range(len(plan)) if not (self.out / shard_name(number)).exists()]
+        share = self.worker.share(range(len(plan)))
+        absent = [number for number in share if not (self.out / shard_name(number)).exists()]
         require_space(self.out, int(sizes[absent].sum()))
         stats = RunStats()
         if absent or manifest.state == "preparing":
             target, extractor, decided = self._load(samples)
             if manifest.state == "preparing":
+                if self.options.plan.batch_tokens is None:
+                    found = find_batch_tokens(
+                        extractor, self.device, int(samples.num_tokens.max()), int(samples.num_tokens.sum())
+                    )
+                    self.say(f"--batch-tokens auto: {found:,}")
+                    decided["batch_tokens"] = found
                 manifest = self._planned(manifest, samples, plan, target, decided)
                 manifest.write(self.out)
+                plan = self._plan(manifest, samples)
             require_same_identity(self.out, manifest.identity, decided)
-        missing = missing_shards(self.out, manifest.schema(), plan)
-        if len(missing) < len(plan):
-            say(f"{self.out}: {len(plan) - len(missing):,} of {len(plan):,} shards are finished")
+        missing = missing_shards(self.out, manifest.schema(), plan, share)
+        if len(missing) < len(share):
+            self.say(f"{self.out}: {len(share) - len(missing):,} of {len(share):,} shards are finished")
         if missing:
             runner = ShardRunner(
                 cache=self.out,
@@ -184,9 +254,27 @@ class _Job:
                 extractor=extractor,
                 device=self.device,
                 on_nonfinite=self.options.on_nonfinite,
+                timeline=self.timeline,
             )
             stats = self._run(runner, missing)
-        return stats, seal(self.out, manifest)
+        return stats, self._sealed(manifest, alone)
+
+    def _plan(self, manifest: Manifest, samples: PreparedSamples) -> Plan:
+        """The plan; shards do not depend on batch_tokens, so their sizes are right before it has been found out."""
+        options = self.options.plan
+        if options.batch_tokens is None:
+            found = manifest.identity.get("batch_tokens", DEFAULT_BATCH_TOKENS)
+            options = replace(options, batch_tokens=found)
+        return Plan(samples.num_tokens, _schema(manifest).token_bytes, options)
+
+    def _sealed(self, manifest: Manifest, alone: Callable[[], bool]) -> Manifest:
+        """The manifest of state complete, if this worker is the last of its job and nothing is missing."""
+        if not alone():
+            return Manifest.read(self.out)
+        manifest = Manifest.read(self.out)
+        assert manifest.totals is not None
+        there = all((self.out / shard_name(number)).exists() for number in range(manifest.totals.shards))
+        return seal(self.out, manifest) if there and manifest.state != "complete" else manifest
 
     def _prepared(self, manifest: Manifest) -> PreparedSamples:
         if manifest.totals is not None:
@@ -209,7 +297,7 @@ class _Job:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(samples.dropped.items()) if count)
         if not len(samples):
             raise InputError(f"{self.source.name}: no sample is left to extract; dropped rows: {dropped or 'none'}")
-        say(
+        self.say(
             f"prepared {len(samples):,} samples, {int(samples.num_tokens.sum()):,} tokens from {samples.num_rows:,} "
             f"rows; dropped: {dropped or 'none'}"
         )
@@ -218,7 +306,9 @@ class _Job:
     def _load(self, samples: PreparedSamples) -> tuple[HFDFlashTargetModel, HiddenStateExtractor, dict[str, Any]]:
         """The target, ready to run, and the part of the identity that only the loaded target decides."""
         options = self.options.target
-        say(f"loading target {options.name} ({self.dtype}) on {self.device}")
+        if options.deterministic:
+            be_deterministic()
+        self.say(f"loading target {options.name} ({self.dtype}) on {self.device}")
         model = load_target(
             options.name,
             revision=options.revision,
@@ -226,8 +316,11 @@ class _Job:
             device=self.device,
             attn_implementation=options.attn_implementation,
             trust_remote_code=options.trust_remote_code,
+            device_map=options.device_map,
         )
         target = HFDFlashTargetModel(model, self.layer_ids)
+        if options.compile:
+            target.compile()
         mode = padding_mode(target, longest=int(samples.num_tokens.max()))
         attention = getattr(model.config, "_attn_implementation", None) or "eager"
         extractor = HiddenStateExtractor(target, mode, self.options.capture)
@@ -263,8 +356,19 @@ class _Job:
 
     def _run(self, runner: ShardRunner, missing: list[int]) -> RunStats:
         todo = sum(runner.plan.shard(number).tokens for number in missing)
-        with Reporter("extract", todo, "tokens") as reporter:
-            return runner.run(missing, lambda stats: reporter.update(stats.tokens, _note(stats)))
+        if self.on_todo is not None:
+            self.on_todo(todo)
+        before = time.monotonic() - self.started
+        if self.on_stats is not None:
+            stats = runner.run(missing, self.on_stats)
+        else:
+            with Reporter("extract", todo, "tokens") as reporter:
+                stats = runner.run(missing, lambda stats: reporter.update(stats.tokens, progress_note(stats)))
+        stats.seconds_to_first_batch = before
+        if self.options.profile is not None and self.worker.leads:
+            self.timeline.write(self.options.profile)
+            say(f"{self.options.profile}: what each thread did when; open it at ui.perfetto.dev")
+        return stats
 
 
 def require_space(cache: Path, num_bytes: int) -> None:
@@ -297,7 +401,8 @@ def _refuse_foreign_folder(out: Path) -> None:
             raise InputError(f"--out {out} is not empty and not a cache (it has {strange[0]!r}); name another folder")
 
 
-def _note(stats: RunStats) -> str:
+def progress_note(stats: RunStats) -> str:
+    """What a line of progress says beside the tokens."""
     seconds = max(stats.seconds, 1e-9)
     return (
         f"{compact(stats.samples)} samples, {compact(stats.tokens / seconds)} tok/s, "

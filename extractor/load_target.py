@@ -16,6 +16,8 @@ from torch import nn
 from cache_format.errors import InputError
 from cache_format.manifest import file_info
 
+CPU = torch.device("cpu")
+
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 _VOLATILE_CONFIG = (
@@ -91,8 +93,9 @@ def load_target(
     device: torch.device,
     attn_implementation: str | None,
     trust_remote_code: bool,
+    device_map: str | None = None,
 ) -> nn.Module:
-    """The target with its weights, frozen, in eval mode, on ``device``.
+    """The target with its weights, frozen, in eval mode, on ``device`` or divided as ``device_map`` says.
 
     Raises:
         InputError: it cannot be loaded so; says why.
@@ -102,6 +105,8 @@ def load_target(
     options: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
+    if device_map:
+        options["device_map"] = device_map
     config = load_config(name, revision, trust_remote_code)
     known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
         config, "auto_map", {}
@@ -109,7 +114,7 @@ def load_target(
     kind = AutoModelForCausalLM if known else AutoModelForImageTextToText
     model: nn.Module = _loaded(kind.from_pretrained, name, **options)
     try:
-        return model.to(device).eval().requires_grad_(False)
+        return (model if device_map else model.to(device)).eval().requires_grad_(False)
     except torch.OutOfMemoryError:
         raise InputError(f"--target {name}: its weights do not fit on {device}; choose a larger --device") from None
 
@@ -150,14 +155,14 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
     }
 
 
-def resolve_device(name: str) -> torch.device:
-    """``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:1``.
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """``auto`` (CUDA where there is one: the ``local_rank``-th device), ``cpu``, ``cuda`` or ``cuda:1``.
 
     Raises:
         InputError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else CPU
     try:
         device = torch.device(name)
     except RuntimeError:

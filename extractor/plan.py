@@ -24,6 +24,8 @@ PLAN_VERSION = 1
 
 MAX_PADDING = 0.02
 
+DEFAULT_BATCH_TOKENS = 8192
+
 SAMPLE_HEAD_BYTES = 24
 """cu_seqlens, sample_ids and sample_checksums: 8 bytes each a sample."""
 
@@ -34,13 +36,14 @@ class PlanOptions:
 
     shard_bytes: int = 512 << 20
     """a shard is cut before it would grow beyond this; a single larger sample gets a shard of its own"""
-    batch_tokens: int = 8192
-    """padded tokens (samples times the longest) of one forward pass; a longer sample is a batch of its own"""
+    batch_tokens: int | None = DEFAULT_BATCH_TOKENS
+    """padded tokens (samples times the longest) of one forward pass; a longer sample is a batch of its own. None: as
+    many as fit the device, to be found out before a plan is made"""
 
     def __post_init__(self) -> None:
         if self.shard_bytes < 64 << 10:
             raise InputError(f"--shard-size is {self.shard_bytes:,} bytes; it must be at least 64KiB")
-        if self.batch_tokens < 1:
+        if self.batch_tokens is not None and self.batch_tokens < 1:
             raise InputError(f"--batch-tokens is {self.batch_tokens}; it must be at least 1")
 
 
@@ -71,8 +74,14 @@ class Plan:
     """All shards of a cache; a shard's details are worked out when it is asked for."""
 
     def __init__(self, num_tokens: np.ndarray, schema_token_bytes: int, options: PlanOptions):
-        """``num_tokens`` int ``[N]``: length of each prepared sample; ``schema_token_bytes``: stored bytes a token."""
-        self.options = options
+        """``num_tokens`` int ``[N]``: length of each prepared sample; ``schema_token_bytes``: stored bytes a token.
+
+        Raises:
+            ValueError: ``options.batch_tokens`` is not yet a number.
+        """
+        if options.batch_tokens is None:
+            raise ValueError("a plan needs a number of batch_tokens")
+        self.batch_tokens = options.batch_tokens
         self._num_tokens = np.asarray(num_tokens, np.int64)
         self._order = np.argsort(-self._num_tokens, kind="stable").astype(np.int64)
         self._bounds = _cut(self._num_tokens[self._order], schema_token_bytes, options.shard_bytes - HEAD_SLACK_BYTES)
@@ -94,7 +103,7 @@ class Plan:
         place = number * self._stride % self.num_shards
         ids = self._order[self._bounds[place] : self._bounds[place + 1]]
         lengths = self._num_tokens[ids]
-        return ShardPlan(number, ids, lengths, tuple(batches(lengths, self.options.batch_tokens)))
+        return ShardPlan(number, ids, lengths, tuple(batches(lengths, self.batch_tokens)))
 
     def shard_bytes(self, schema: ShardSchema) -> np.ndarray:
         """int64 ``[num_shards]``: exact file size of each shard, by number."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,14 @@ def require_all_files(cache: Path, manifest: Manifest) -> None:
             raise CacheError(cache / name, f"is missing; {_way_out(cache)}")
 
 
-def missing_shards(cache: Path, schema: ShardSchema, plan: Plan) -> list[int]:
-    """Numbers of the shards still to be made. Reads the heads of the others, not their states.
+def missing_shards(cache: Path, schema: ShardSchema, plan: Plan, numbers: Iterable[int]) -> list[int]:
+    """Those of the shards ``numbers`` still to be made. Reads the heads of the others, not their states.
 
     Raises:
         CacheError: a shard that is there is damaged, or holds other samples than planned.
     """
     missing = []
-    for number in range(len(plan)):
+    for number in numbers:
         path = cache / shard_name(number)
         if not path.exists():
             missing.append(number)

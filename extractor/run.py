@@ -36,6 +36,10 @@ class NonFiniteError(DFlashCacheError):
     """The target gave NaN or Inf for a sample."""
 
 
+class DeviceMemoryError(DFlashCacheError):
+    """A batch does not fit into the device's memory."""
+
+
 @dataclass
 class RunStats:
     """What a run did; times in seconds."""
@@ -80,6 +84,7 @@ class ShardRunner:
 
         Raises:
             NonFiniteError: with ``on_nonfinite="fail"``, naming sample and layer.
+            DeviceMemoryError: a batch does not fit the device, also with all other memory given back.
             StorageError: a shard could not be written. Those committed before stay.
         """
         numbers = list(numbers)
@@ -90,7 +95,7 @@ class ShardRunner:
         free: queue.SimpleQueue[ShardBuffer] = queue.SimpleQueue()
         for _ in range(min(NUM_BUFFERS, len(numbers))):
             free.put(ShardBuffer(largest, pin_memory=self.device.type == "cuda"))
-        most_tokens = max(self.plan.options.batch_tokens, int(self.samples.num_tokens.max()))
+        most_tokens = max(self.plan.batch_tokens, int(self.samples.num_tokens.max()))
         rows = _DeviceRows(self.schema, self.device, most_tokens)
         writing: deque[Future[tuple[int, float]]] = deque()
         with ThreadPoolExecutor(NUM_BUFFERS - 1, thread_name_prefix="shard-writer") as writer:
@@ -137,7 +142,7 @@ class ShardRunner:
             places = {name: tensor[first:last] for name, tensor in stored.items()}
             rows, extra = device_rows.take(places)
             with self.timeline.device_span("forward", self.device):
-                self.extractor.forward(input_ids.to(self.device, non_blocking=True), lengths.tolist(), rows, extra)
+                self._forward(input_ids, lengths.tolist(), rows, extra, shard.number)
             with self.timeline.device_span("check", self.device):
                 nonfinite.append(self.extractor.nonfinite(rows, lengths.tolist(), extra))
             device_rows.leave(places, self.timeline)
@@ -147,6 +152,24 @@ class ShardRunner:
             stats.seconds = time.monotonic() - started
             report(stats)
         return device_rows.leave_last(torch.cat(nonfinite))
+
+    def _forward(
+        self, input_ids: Tensor, lengths: list[int], rows: Tensor, extra: dict[str, Tensor], number: int
+    ) -> None:
+        try:
+            self.extractor.forward(input_ids.to(self.device, non_blocking=True), lengths, rows, extra)
+            return
+        except torch.OutOfMemoryError:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+        try:
+            self.extractor.forward(input_ids.to(self.device), lengths, rows, extra)
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                f"shard {number}: a batch of {input_ids.numel():,} tokens does not fit into the memory of "
+                f"{self.device} ({error}). Finished shards are kept: run the same command on a device with more free "
+                "memory, or begin another cache with a smaller --batch-tokens; the batches of a cache never change."
+            ) from None
 
     def _collate(self, sample_ids: np.ndarray, lengths: np.ndarray, stored: dict[str, Tensor], first: int) -> Tensor:
         """input_ids ``[B, S]`` int64, right-padded with 0; ids and loss masks also go to their rows in the shard."""

@@ -86,6 +86,11 @@ class HFDFlashTargetModel:
             f"and {len(lists)} lists of {total} modules elsewhere"
         )
 
+    def compile(self) -> None:
+        """torch.compile each decoder layer up to the last captured one; hooks stay outside of what is compiled."""
+        for layer in self._get_transformer_layers()[: max(self.target_layer_ids) + 1]:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+
     @contextmanager
     def hooked(self, on_output: Callable[[int, Tensor], None]) -> Iterator[None]:
         """Call ``on_output(position in target_layer_ids, output [B, S, H])`` as each captured layer finishes."""

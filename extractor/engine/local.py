@@ -1,0 +1,151 @@
+"""Several devices of one machine: a worker process each, one progress view, the workers' reports added up."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+
+import torch
+
+from cache_format.errors import DFlashCacheError, InputError
+from extractor.config import ExtractOptions
+from extractor.engine.worker import Worker
+from extractor.job import ExtractReport, extract, progress_note
+from extractor.progress import Reporter, say
+from extractor.run import RunStats
+from extractor.signals import Stopped, stoppable
+
+SECONDS_TO_STOP = 8.0
+"""How long workers may take to stop before they are killed; any instant is safe."""
+
+_REPORT_EVERY_SECONDS = 0.2
+
+
+class WorkerError(DFlashCacheError):
+    """A worker process died."""
+
+
+def parse_devices(text: str) -> list[str]:
+    """``all`` CUDA devices of this machine, or a list such as ``cuda:0,cuda:2`` or ``cpu,cpu``.
+
+    Raises:
+        InputError: no such devices.
+    """
+    if text == "all":
+        if not torch.cuda.device_count():
+            raise InputError("--devices all: this machine has no CUDA device; name some, such as cpu,cpu")
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    devices = [name.strip() for name in text.split(",")]
+    if not all(devices):
+        raise InputError(f"--devices {text!r}: write all, or names with commas between, such as cuda:0,cuda:1")
+    return devices
+
+
+def extract_on(devices: Sequence[str], options: ExtractOptions) -> ExtractReport:
+    """:func:`extractor.job.extract` with a worker process on each of ``devices``.
+
+    Raises:
+        DFlashCacheError: as there, of the first worker that failed; the others are stopped.
+        WorkerError: a worker was killed. The others finish their shards first.
+    """
+    context = multiprocessing.get_context("spawn")
+    job = f"{os.getpid()} {secrets.token_hex(8)}"
+    processes: dict[Connection, BaseProcess] = {}
+    for rank, device in enumerate(devices):
+        worker = Worker(rank=rank, world_size=len(devices), job=job)
+        mine, theirs = context.Pipe(duplex=False)
+        arguments = (replace(options, target=replace(options.target, device=device)), worker, theirs)
+        processes[mine] = context.Process(target=_work, args=arguments, name=f"worker {rank} ({device})", daemon=True)
+        processes[mine].start()
+        theirs.close()
+    try:
+        return _follow(processes)
+    finally:
+        _stop(list(processes.values()))
+
+
+def _follow(processes: dict[Connection, BaseProcess]) -> ExtractReport:
+    running, stats = dict(processes), {pipe: RunStats() for pipe in processes}
+    todo, dead, last = 0, [], None
+    with Reporter("extract", None, "tokens") as reporter:
+        while running:
+            for pipe in wait(list(running)):
+                assert isinstance(pipe, Connection)
+                try:
+                    what, value = pipe.recv()
+                except EOFError:
+                    process = running.pop(pipe)
+                    process.join()
+                    if process.exitcode:
+                        dead.append(process)
+                    continue
+                if what == "error":
+                    raise value
+                if what == "todo":
+                    todo += value
+                    reporter.total = todo
+                elif what == "stats":
+                    stats[pipe] = value
+                    total = _sum(stats.values())
+                    reporter.update(total.tokens, progress_note(total))
+                else:
+                    last, stats[pipe] = value, value.run
+    if dead:
+        names = ", ".join(f"{process.name} (exit code {process.exitcode})" for process in dead)
+        raise WorkerError(f"died: {names}; run the same command again, it makes the shards that are missing")
+    assert last is not None
+    return replace(last, run=_sum(stats.values()))
+
+
+def _sum(parts: Iterable[RunStats]) -> RunStats:
+    total = RunStats()
+    for part in parts:
+        total.add(part)
+    return total
+
+
+def _stop(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+    deadline = time.monotonic() + SECONDS_TO_STOP
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+
+
+def _work(options: ExtractOptions, worker: Worker, pipe: Connection) -> None:
+    """A worker process: one extraction's share, its progress and its end sent through ``pipe``."""
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    sent = 0.0
+
+    def report(stats: RunStats) -> None:
+        nonlocal sent
+        if time.monotonic() - sent > _REPORT_EVERY_SECONDS:
+            sent = time.monotonic()
+            pipe.send(("stats", stats))
+
+    try:
+        with stoppable(f"worker {worker.rank} left"):
+            done = extract(options, worker, on_todo=lambda tokens: pipe.send(("todo", tokens)), on_stats=report)
+            pipe.send(("done", done))
+    except Stopped as stop:
+        os._exit(stop.exit_code)
+    except DFlashCacheError as error:
+        say(f"worker {worker.rank}: stopped by an error")
+        pipe.send(("error", error))
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
