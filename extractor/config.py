@@ -87,6 +87,8 @@ class ExtractOptions:
     def __post_init__(self) -> None:
         if self.on_nonfinite not in ("fail", "quarantine"):
             raise InputError(f"--on-nonfinite {self.on_nonfinite!r}: choose fail or quarantine")
+        if self.profile is not None and not self.profile.absolute().parent.is_dir():
+            raise InputError(f"--profile {self.profile}: no such folder")
 
 
 def parse_captures(texts: Sequence[str]) -> Captures:

@@ -73,6 +73,7 @@ def extract_on(devices: Sequence[str], options: ExtractOptions) -> ExtractReport
 
 def _follow(processes: dict[Connection, BaseProcess]) -> ExtractReport:
     running, stats = dict(processes), {pipe: RunStats() for pipe in processes}
+    leader, begun = next(iter(processes)), set[Connection]()
     todo, dead, last = 0, [], None
     with Reporter("extract", None, "tokens") as reporter:
         while running:
@@ -85,10 +86,14 @@ def _follow(processes: dict[Connection, BaseProcess]) -> ExtractReport:
                     process.join()
                     if process.exitcode:
                         dead.append(process)
+                        if pipe is leader and begun < set(running):
+                            # The others would wait for what it was to prepare.
+                            raise _died(dead) from None
                     continue
                 if what == "error":
                     raise value
                 if what == "todo":
+                    begun.add(pipe)
                     todo += value
                     reporter.total = todo
                 elif what == "stats":
@@ -98,10 +103,14 @@ def _follow(processes: dict[Connection, BaseProcess]) -> ExtractReport:
                 else:
                     last, stats[pipe] = value, value.run
     if dead:
-        names = ", ".join(f"{process.name} (exit code {process.exitcode})" for process in dead)
-        raise WorkerError(f"died: {names}; run the same command again, it makes the shards that are missing")
+        raise _died(dead)
     assert last is not None
     return replace(last, run=_sum(stats.values()))
+
+
+def _died(processes: list[BaseProcess]) -> WorkerError:
+    names = ", ".join(f"{process.name} (exit code {process.exitcode})" for process in processes)
+    return WorkerError(f"died: {names}; run the same command again, it makes the shards that are missing")
 
 
 def _sum(parts: Iterable[RunStats]) -> RunStats:
