@@ -257,7 +257,7 @@ def extract(
         raise InputError("--devices starts workers of its own; leave it out under torchrun or srun")
     report = extract_on(parse_devices(devices), options) if devices is not None else run_extract(options, worker)
     if as_json:
-        print(json.dumps(asdict(report)))
+        _print(json.dumps(asdict(report)))
         return
     run = report.run
     padding = 100 * (1 - run.tokens / run.padded_tokens) if run.padded_tokens else 0.0
@@ -313,9 +313,9 @@ def estimate(
 
     result = run_estimate(_options({**locals(), "out": out or Path.cwd()}))
     if as_json:
-        print(json.dumps(asdict(result)))
+        _print(json.dumps(asdict(result)))
     else:
-        print(describe(result))
+        _print(describe(result))
 
 
 @app.command()
@@ -326,7 +326,7 @@ def inspect(
     from extractor.inspect import describe, summarise
 
     summary = summarise(cache)
-    print(json.dumps(summary) if as_json else describe(summary))
+    _print(json.dumps(summary) if as_json else describe(summary))
 
 
 @app.command()
@@ -390,19 +390,21 @@ def verify(
         report.problems += again.problems
     if as_json:
         extra = {} if again is None else {"recompute": asdict(again)}
-        print(json.dumps({**asdict(report), "whole": report.whole, **extra}))
+        _print(json.dumps({**asdict(report), "whole": report.whole, **extra}))
     else:
         for problem in report.problems:
-            print(problem)
+            _print(problem)
         speed = "" if quick else f", {size(report.bytes)} at {report.bytes / seconds / 1e9:.2f} GB/s"
         verdict = "whole" if report.whole else f"{len(report.problems):,} problems"
-        print(f"{cache}: {verdict} ({report.depth} check: {report.shards:,} shards, {report.samples:,} samples{speed})")
+        _print(
+            f"{cache}: {verdict} ({report.depth} check: {report.shards:,} shards, {report.samples:,} samples{speed})"
+        )
         if again is not None:
-            print(f"recomputed {again.samples:,} samples: off by at most {again.largest_error:.2g} of a layer's RMS")
+            _print(f"recomputed {again.samples:,} samples: off by at most {again.largest_error:.2g} of a layer's RMS")
         elif recompute:
-            print("nothing was recomputed: first mend what is listed above")
+            _print("nothing was recomputed: first mend what is listed above")
         if not report.whole:
-            print(f"to mend it: dflash-cache repair {cache}")
+            _print(f"to mend it: dflash-cache repair {cache}")
     if not report.whole:
         raise typer.Exit(EXIT_FAILED)
 
@@ -432,16 +434,16 @@ def repair(
             raise InputError(str(error)) from error
     plan = plan_repair(cache, report.problems)
     if as_json:
-        print(json.dumps({**asdict(report), "plan": asdict(plan), "dry_run": dry_run}))
+        _print(json.dumps({**asdict(report), "plan": asdict(plan), "dry_run": dry_run}))
     else:
         for problem in report.problems:
-            print(problem)
+            _print(problem)
         for name in plan.set_aside:
-            print(f"set aside: {name} -> quarantine/")
+            _print(f"set aside: {name} -> quarantine/")
         if report.whole:
-            print(f"{cache}: whole, nothing to repair")
+            _print(f"{cache}: whole, nothing to repair")
         else:
-            print(f"state afterwards: {plan.state or 'none: extract writes a new manifest'}")
+            _print(f"state afterwards: {plan.state or 'none: extract writes a new manifest'}")
     if report.whole:
         return
     if not dry_run and not yes and sys.stdin.isatty() and sys.stderr.isatty():
@@ -496,7 +498,7 @@ def export(
             source, LAYOUTS[to], out, progress=lambda files, done: reporter.update(done, f"{files:,} files")
         )
     if as_json:
-        print(json.dumps({**asdict(report), "plan": asdict(plan)}))
+        _print(json.dumps({**asdict(report), "plan": asdict(plan)}))
         return
     say(f"{out}: complete, {report.files:,} files written, {report.done_files:,} were there")
     if report.left_out:
@@ -542,6 +544,22 @@ def _options(arguments: dict[str, Any]) -> Any:
         capture=parse_captures(arguments["capture"]),
         **taken("on_nonfinite", "profile"),
     )
+
+
+def _print(text: object) -> None:
+    """Print a report at once: a full disk behind ``> report.json`` shows here, as any other.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise  # ``| head``: typer ends quietly
+    except OSError as error:
+        # Given up: Python would try once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise StorageError("standard output", "write the report", error) from error
 
 
 def main() -> None:

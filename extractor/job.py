@@ -227,7 +227,8 @@ class _Job:
         sizes = plan.shard_bytes(_schema(manifest))
         share = self.worker.share(range(len(plan)))
         absent = [number for number in share if not (self.out / shard_name(number)).exists()]
-        require_space(self.out, int(sizes[absent].sum()))
+        embeddings = self.shape.embedding_bytes(torch_dtype(self.dtype)) if manifest.state == "preparing" else 0
+        require_space(self.out, int(sizes[absent].sum()) + embeddings)
         stats = RunStats()
         if absent or manifest.state == "preparing":
             target, extractor, decided = self._load(samples)
@@ -375,13 +376,14 @@ def require_space(cache: Path, num_bytes: int) -> None:
     """Refuse to begin what cannot end.
 
     Raises:
-        InputError: the disk has less free space than the missing shards need.
+        InputError: the disk has fewer bytes free than that; what is prepared so far stays for the next run.
     """
     free = shutil.disk_usage(cache).free
     if free < num_bytes:
         raise InputError(
-            f"{cache}: the missing shards need {size(num_bytes)} but the disk has {size(free)} free. Free some space, "
-            "choose another --out, fewer layers (--target-layers), a smaller --max-length, or --limit."
+            f"{cache}: what is missing needs {size(num_bytes)} but the disk has {size(free)} free. Free some space "
+            "and run the same command again, or choose another --out, fewer layers (--target-layers), a smaller "
+            "--max-length, or --limit."
         )
 
 

@@ -41,6 +41,10 @@ class TargetShape:
     vocab_size: int
     tie_word_embeddings: bool
 
+    def embedding_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the input embedding and, unless tied, the LM head."""
+        return (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size * dtype.itemsize
+
     @staticmethod
     def from_config(config: Any) -> TargetShape:
         """Sizes of the text decoder, also where it is part of a multimodal model.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
@@ -67,8 +68,9 @@ class Reporter:
 
 
 def say(text: str) -> None:
-    """One line for the person at the terminal or in the log."""
-    print(text, file=sys.stderr, flush=True)
+    """One line for the person at the terminal or in the log; a full log stops no work."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def compact(number: float) -> str:

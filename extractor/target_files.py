@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from cache_format.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, HEAD_BIAS, write_embeddings
@@ -39,17 +40,16 @@ def write_target_files(cache: Path, model: Any, config: Any, tokenizer: Any) -> 
 
 def _commit_saved(folder: Path, *parts: Any) -> None:
     """Commit what ``save_pretrained`` of each part writes; it knows no temporary names, so it is sent aside."""
+    aside = None
     try:
-        with TemporaryDirectory(
-            dir=folder, prefix=".saved.", suffix=TEMPORARY_SUFFIX, ignore_cleanup_errors=True
-        ) as aside:
-            for part in parts:
-                part.save_pretrained(aside)
-            for path in sorted(path for path in Path(aside).rglob("*") if path.is_file()):
-                final = folder / path.relative_to(aside)
-                make_folder(final.parent)
-                with committed(final) as file:
-                    write_all(file, path.read_bytes())
+        aside = Path(tempfile.mkdtemp(dir=folder, prefix=".saved.", suffix=TEMPORARY_SUFFIX))
+        for part in parts:
+            part.save_pretrained(aside)
+        for path in sorted(path for path in aside.rglob("*") if path.is_file()):
+            final = folder / path.relative_to(aside)
+            make_folder(final.parent)
+            with committed(final) as file:
+                write_all(file, path.read_bytes())
     except StorageError:
         raise
     except Exception as error:
@@ -57,6 +57,10 @@ def _commit_saved(folder: Path, *parts: Any) -> None:
         if refused is None:
             raise
         raise StorageError(folder, "write the config and tokenizer files", refused) from error
+    finally:
+        # Not a TemporaryDirectory: its clean-up recurses without end where removing is not permitted.
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _os_error(error: Exception) -> OSError | None:
