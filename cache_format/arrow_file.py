@@ -55,7 +55,7 @@ def read_batch(path: Path, schema: pa.Schema) -> tuple[pa.RecordBatch, dict[byte
         if _is_compressed(message.metadata.to_pybytes()):
             raise CacheError(path, "is compressed, which this format does not allow")
         batch = pa.ipc.read_record_batch(message, found)
-        batch.validate()
+        batch.validate(full=True)
     except StopIteration:
         raise CacheError(path, "is damaged: it has no record batch") from None
     except OSError as error:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cache_format.batch import DFlashTargetBatch
-from cache_format.embeddings import load_input_embeddings, load_output_embeddings
+from cache_format.embeddings import EMBEDDINGS_NAME, load_input_embeddings, load_output_embeddings
 from cache_format.errors import CacheError, InputError, MismatchError
 from cache_format.gather import Piece, gather, widened
 from cache_format.index import INDEX_NAME, SHARDS_NAME, Index, read_index, read_shards, tables_from_shards
 from cache_format.loader import CacheLoader, LoaderOptions, default_rank
-from cache_format.manifest import Manifest
+from cache_format.manifest import Manifest, file_info
 from cache_format.packing import with_documents
 from cache_format.safetensors_file import DTYPES
 from cache_format.shard import ShardFile, sample_hasher, shard_name
@@ -279,12 +279,33 @@ class FeatureCache(Dataset):
         return CacheLoader(self, options)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The target's token embedding, frozen, read from the cache itself."""
+        """The target's token embedding, frozen, read from the cache itself.
+
+        Raises:
+            CacheError: the file is missing or damaged; its checksum is compared.
+        """
+        self._check_embeddings()
         return load_input_embeddings(self.path, self.manifest.target)
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The target's LM head, frozen, read from the cache itself."""
+        """The target's LM head, frozen, read from the cache itself.
+
+        Raises:
+            CacheError: the target has none; the file is missing or damaged (its checksum is compared).
+        """
+        self._check_embeddings()
         return load_output_embeddings(self.path, self.manifest.target)
+
+    def _check_embeddings(self) -> None:
+        path, expected = inside(self.path, EMBEDDINGS_NAME), self.manifest.files.get(EMBEDDINGS_NAME)
+        # The size first: a file of any size may be there.
+        same_size = expected is not None and path.is_file() and path.stat().st_size == expected.bytes
+        if not same_size or file_info(path) != expected:
+            raise CacheError(
+                path,
+                f"does not match its checksum; to mend it run `dflash-cache repair {self.path}`, then the cache's "
+                "extract command",
+            )
 
     def _take(self, i: int, max_length: int | None) -> int:
         """Tokens taken of sample i."""
