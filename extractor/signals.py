@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 GRACE_SECONDS = 9.0
@@ -27,19 +27,26 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(last_words: str) -> Iterator[None]:
     """Turn the first signal into :class:`Stopped`, at once; the second one, or a delay of 9 s, ends the process.
 
     Ending at any instant is safe: a file under its final name is whole, and the kernel gives the lock back.
+    ``last_words`` then go to stderr; where Stopped is raised, who catches it speaks.
     """
     stopping = False
+
+    def leave(number: int) -> None:
+        # Not print: it may be what the main thread is in the middle of.
+        with suppress(OSError):
+            os.write(2, f"{Stopped(number)}, without waiting; {last_words}\n".encode())
+        os._exit(128 + number)
 
     def handle(number: int, _frame: FrameType | None) -> None:
         nonlocal stopping
         if stopping:
-            os._exit(128 + number)
+            leave(number)
         stopping = True
-        deadline = threading.Timer(GRACE_SECONDS, os._exit, (128 + number,))
+        deadline = threading.Timer(GRACE_SECONDS, leave, (number,))
         deadline.daemon = True
         deadline.start()
         raise Stopped(number)
