@@ -217,12 +217,13 @@ def file_info(path: Path) -> FileInfo:
 
 
 def require_same_identity(cache: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Refuse a resume with anything that would change a byte; fields absent from ``asked`` are not compared.
+    """Refuse a resume with anything that would change a byte; a field that only one side has differs too.
 
     Raises:
         MismatchError: names each field that differs, with both values.
     """
-    different = {name: (stored.get(name), asked[name]) for name in asked if stored.get(name) != asked[name]}
+    names = dict.fromkeys([*asked, *stored])
+    different = {name: (stored.get(name), asked.get(name)) for name in names if stored.get(name) != asked.get(name)}
     if different:
         raise MismatchError(
             f"{cache}: this cache was begun with other inputs; nothing was touched. Different:",

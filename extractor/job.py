@@ -20,7 +20,7 @@ from cache_format.manifest import (
     require_same_identity,
     torch_dtype,
 )
-from cache_format.repair import QUARANTINE_NAME
+from cache_format.repair import LATER_IDENTITY, QUARANTINE_NAME
 from cache_format.samples import PreparedSamples, part_path
 from cache_format.seal import describe_files, seal
 from cache_format.shard import ShardSchema, shard_name
@@ -92,7 +92,7 @@ def extract(
     job = _Job(options, worker or Worker(), on_todo, on_stats)
     stored = Manifest.read(options.out) if (options.out / MANIFEST_NAME).exists() else None
     if stored is not None:
-        require_same_identity(options.out, stored.identity, job.identity)
+        job.require_same_inputs(stored)
     make_folder(options.out)
     with writing(options.out, job.worker.job, first=job.clear) as alone:
         return job.run(alone)
@@ -129,6 +129,15 @@ class _Job:
             data_digest=self.source.digest,
         )
 
+    def require_same_inputs(self, stored: Manifest) -> None:
+        """Refuse to go on with a cache begun with others; what only the loaded target decides is compared then.
+
+        Raises:
+            MismatchError: names each field that differs.
+        """
+        later = {name: stored.identity[name] for name in (*LATER_IDENTITY, "batch_tokens") if name in stored.identity}
+        require_same_identity(self.out, stored.identity, {**later, **self.identity})
+
     def say(self, text: str) -> None:
         """To the terminal, once a job."""
         if self.worker.leads:
@@ -147,7 +156,7 @@ class _Job:
             self._await_plan()
         if (out / MANIFEST_NAME).exists():
             manifest = Manifest.read(out)
-            require_same_identity(out, manifest.identity, self.identity)
+            self.require_same_inputs(manifest)
             changed = other_software(manifest.created_with)
             if changed and manifest.state != "complete":
                 list_ = ", ".join(changed)
@@ -233,7 +242,7 @@ class _Job:
         if absent or manifest.state == "preparing":
             target, extractor, decided = self._load(samples)
             if manifest.state == "preparing":
-                if self.options.plan.batch_tokens is None:
+                if self.options.plan.batch_tokens is None and "batch_tokens" not in manifest.identity:
                     found = find_batch_tokens(
                         extractor, self.device, int(samples.num_tokens.max()), int(samples.num_tokens.sum())
                     )
@@ -242,7 +251,7 @@ class _Job:
                 manifest = self._planned(manifest, samples, plan, target, decided)
                 manifest.write(self.out)
                 plan = self._plan(manifest, samples)
-            require_same_identity(self.out, manifest.identity, decided)
+            require_same_identity(self.out, manifest.identity, {**manifest.identity, **decided})
         missing = missing_shards(self.out, manifest.schema(), plan, share)
         if len(missing) < len(share):
             self.say(f"{self.out}: {len(share) - len(missing):,} of {len(share):,} shards are finished")

@@ -47,7 +47,7 @@ def recompute(cache: Path, target_name: str, count: int, *, device: str, trust_r
     opened = FeatureCache.open(cache, allow_incomplete=True)
     config = load_config(target_name, None, trust_remote_code)
     found = {f"target.{name}": value for name, value in target_identity(target_name, None, config).items()}
-    require_same_identity(cache, manifest.identity, found)
+    require_same_identity(cache, manifest.identity, {**manifest.identity, **found})
     model = load_target(
         target_name,
         revision=None,
