@@ -86,6 +86,7 @@ class _Verification:
         self.index: Index | None = None
         self.rows: list[ShardRow] | None = None
         self.samples: PreparedSamples | None = None
+        self.num_shards = 0
 
     def run(self, threads: int, progress: Callable[[int], None]) -> VerifyReport:
         add = self.report.problems.extend
@@ -94,6 +95,7 @@ class _Verification:
             return self.report
         add(self._file_problems())
         add(self._table_problems())
+        add(self._count_problems())
         add(self._extra_files())
         places = self._rows_by_shard()
         schema = self.manifest.schema()
@@ -150,9 +152,27 @@ class _Verification:
             yield self._problem(error)
         try:
             self.index = read_index(inside(self.cache, INDEX_NAME), self.manifest.fingerprint)
-            yield from self._coverage(self.index, totals.samples)
+            # What is there, not what the manifest claims: a claim of 2^60 samples would be allocated.
+            known = len(self.index) + len(self.manifest.quarantined) if self.samples is None else len(self.samples)
+            yield from self._coverage(self.index, min(totals.samples, known))
         except CacheError as error:
             yield self._problem(error)
+
+    def _count_problems(self) -> Iterator[Problem]:
+        """How many shards to look at: those of the manifest, unless it claims more than there can be."""
+        totals = self.manifest.totals
+        assert totals is not None
+        most = totals.shards
+        if self.samples is not None:
+            most = len(self.samples)
+        elif self.rows is not None:
+            most = len(self.rows)
+        elif (self.cache / "shards").is_dir():
+            most = sum(1 for _ in (self.cache / "shards").iterdir())
+        self.num_shards = min(totals.shards, most)
+        if self.num_shards < totals.shards:
+            problem = f"claims {totals.shards:,} shards, there can be {most:,}"
+            yield Problem(file=MANIFEST_NAME, field="totals.shards", problem=problem)
 
     def _coverage(self, index: Index, num_samples: int) -> Iterator[Problem]:
         """Every prepared sample that is not quarantined, exactly once, in order."""
@@ -171,9 +191,7 @@ class _Verification:
             yield from (Problem(file=INDEX_NAME, sample=int(i), field="sample_id", problem=problem) for i in samples)
 
     def _extra_files(self) -> Iterator[Problem]:
-        totals = self.manifest.totals
-        assert totals is not None
-        planned = {shard_name(number).split("/")[1] for number in range(totals.shards)}
+        planned = {shard_name(number).split("/")[1] for number in range(self.num_shards)}
         folder = self.cache / "shards"
         found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         for name in sorted(found - planned):
@@ -182,12 +200,10 @@ class _Verification:
 
     def _rows_by_shard(self) -> list[np.ndarray | None]:
         """For each shard the positions of its samples in the index, in the order of its rows."""
-        totals = self.manifest.totals
-        assert totals is not None
         if self.index is None:
-            return [None] * totals.shards
+            return [None] * self.num_shards
         order = np.lexsort((self.index.row_start, self.index.shard))
-        bounds = np.searchsorted(self.index.shard[order], np.arange(totals.shards + 1))
+        bounds = np.searchsorted(self.index.shard[order], np.arange(self.num_shards + 1))
         if bounds[0] != 0 or bounds[-1] != len(order):
             self.report.problems.append(
                 Problem(file=INDEX_NAME, field="shard", problem="names shards that do not exist")

@@ -24,7 +24,7 @@ from cache_format.loader import CacheLoader, LoaderOptions, default_rank
 from cache_format.manifest import Manifest, file_info
 from cache_format.packing import with_documents
 from cache_format.safetensors_file import DTYPES
-from cache_format.shard import ShardFile, sample_hasher, shard_name
+from cache_format.shard import ShardFile, finished_shards, sample_hasher, shard_name
 from cache_format.storage import inside
 
 MAX_OPEN_SHARDS = 128
@@ -106,7 +106,7 @@ class FeatureCache(Dataset):
         elif manifest.totals is None:
             raise CacheError(folder, "holds no shards yet: its samples are still being prepared")
         else:
-            finished = [n for n in range(manifest.totals.shards) if (folder / shard_name(n)).exists()]
+            finished = finished_shards(folder)
             _, index = tables_from_shards(folder, manifest.schema(), finished)
             num_shards = manifest.totals.shards
         return cls(folder, manifest, index, num_shards, options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,12 @@ READ_CHUNK_BYTES = 4 << 20
 def shard_name(number: int) -> str:
     """File of shard ``number`` below the cache, with ``/`` between folder and name."""
     return f"shards/shard-{number:05d}.safetensors"
+
+
+def finished_shards(cache: Path) -> list[int]:
+    """Numbers of the shard files that are in the cache, in order."""
+    numbers = (re.fullmatch(r"shard-(\d{5,12})\.safetensors", path.name) for path in (cache / "shards").glob("*"))
+    return sorted(int(match[1]) for match in numbers if match)
 
 
 @dataclass(frozen=True, kw_only=True)

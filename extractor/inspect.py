@@ -8,7 +8,7 @@ from typing import Any
 
 from cache_format.errors import CacheError, InputError
 from cache_format.manifest import MANIFEST_NAME, Manifest
-from cache_format.shard import shard_name
+from cache_format.shard import finished_shards, shard_name
 from extractor.progress import size
 
 
@@ -25,7 +25,7 @@ def summarise(cache: Path) -> dict[str, Any]:
     summary = {"cache": str(cache), **asdict(manifest)}
     del summary["files"]
     if manifest.totals is not None:
-        finished = [cache / shard_name(n) for n in range(manifest.totals.shards)]
+        finished = [cache / shard_name(number) for number in finished_shards(cache)]
         sizes = [path.stat().st_size for path in finished if path.exists()]
         summary |= {
             "token_bytes": manifest.schema().token_bytes,
