@@ -182,18 +182,14 @@ def block_loss(
     unlearned one on (end of the answer, padding) do not count.
 
     Returns:
-        the weighted mean loss, and the share of right tokens, both scalars.
-
-    Raises:
-        ValueError: no token counts; the batch has no two learned tokens in a row.
+        the weighted mean loss, and the share of right tokens, both scalars. Zeros (and gradients of zero) for a batch
+        in which no learned token follows another.
     """
     size, length = draft.config.block_size, batch.input_ids.shape[1]
     at = anchors[:, :, None] + torch.arange(size, device=anchors.device)
     inside, at = at < length, at.clamp(max=length - 1)
     ids, learned = (x.gather(1, at.flatten(1)).view_as(at) for x in (batch.input_ids, batch.loss_mask))
     counted = (learned.bool() & inside & keep[:, :, None])[:, :, 1:].cumprod(dim=-1).bool()
-    if not counted.any():
-        raise ValueError("nothing to learn in this batch: no learned token is followed by another")
 
     masked = ids.clone()
     masked[:, :, 1:] = draft.config.mask_token_id
@@ -202,7 +198,9 @@ def block_loss(
     labels = ids[:, :, 1:][counted]
     decay = torch.exp(-torch.arange(size - 1, device=at.device) / gamma).expand_as(counted)[counted]
     losses = F.cross_entropy(logits, labels, reduction="none")
-    return (losses * decay).sum() / decay.sum(), (logits.argmax(-1) == labels).float().mean()
+    right = (logits.argmax(-1) == labels).sum() / counted.sum().clamp_min(1)
+    # A block that counts has a token of weight 1, so 1 is the least unless nothing counts.
+    return (losses * decay).sum() / decay.sum().clamp_min(1), right
 
 
 def _logits(head: nn.Module, features: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ def train(
     """AdamW with warm-up and cosine decay over ``steps`` batches of ``[batch_size, length]`` tokens."""
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2), pct_start=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=max(steps, 2), pct_start=0.05, cycle_momentum=False
+    )
     model.train()
     rows = torch.empty(0, length, dtype=torch.int64)
     for step in range(steps):
@@ -65,7 +67,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step == steps - 1:
+        if step % 200 == 0 or step == steps - 1:
             print(f"step {step:5}  loss {loss.item():.3f}", flush=True)
     model.eval()
 
@@ -97,11 +99,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--data", type=Path, required=True, help=".jsonl with messages, to train on")
     parser.add_argument("--held-out", type=Path, required=True, help=".jsonl with messages, to evaluate on")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens of a training row; extract no longer samples")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)

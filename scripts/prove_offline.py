@@ -1,0 +1,239 @@
+"""Is training from the cache the same as training with the target? And does the draft get good at it?
+
+    python scripts/prove_offline.py --out .proof
+
+Makes chat data and a tiny trained target (or takes --target and --data), extracts it with the `dflash-cache` command, and
+trains one draft from the cache and one on what the target gives online: the same weights to begin with, the same
+samples, anchors and steps. Then it measures, and writes figures.json and (where matplotlib is installed) curves.png:
+  equal batches   one sample a batch, at extraction and in training: losses have to be equal to the last bit (float32)
+  other batches   extraction in length-sorted batches, training in random ones: the largest relative difference of a loss
+  acceptance      tokens a pass of the target in greedy speculative decoding of held-out questions, before and after
+                  training; the answers have to be those of plain greedy decoding
+  step, memory    median time of a training step, offline and online alternating; bytes of the target that are not loaded
+Exit code 1 if a loss of equal batches differs in a bit, or acceptance does not rise above 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from make_demo_data import write_demo_data
+from speculative import decode_greedily, decode_with_draft
+from train_draft import Curve, Trainer, TrainOptions, config_for, new_draft, train
+
+from cache_format import DFlashTargetBatch, FeatureCache
+from extractor.target import HFDFlashTargetModel
+
+HELD_OUT = 200
+"""Rows that neither target nor draft are trained on."""
+
+
+def orders(count: int, batch_size: int, steps: int, seed: int) -> list[np.ndarray]:
+    """Sample indices of each step: epochs in random order."""
+    rng, rows = np.random.default_rng(seed), np.empty(0, np.int64)
+    while len(rows) < steps * batch_size:
+        rows = np.concatenate([rows, rng.permutation(count)])
+    return list(rows[: steps * batch_size].reshape(steps, batch_size))
+
+
+def offline(cache: FeatureCache, steps: list[np.ndarray]) -> Iterator[DFlashTargetBatch]:
+    """The cache's batches."""
+    return (cache.batch(indices) for indices in steps)
+
+
+def online(cache: FeatureCache, steps: list[np.ndarray], target: HFDFlashTargetModel) -> Iterator[DFlashTargetBatch]:
+    """The same tokens, their hidden states from the target as it runs."""
+    for batch in offline(cache, steps):
+        yield target.generate_batch(batch.input_ids, batch.attention_mask, batch.loss_mask)
+
+
+def both_ways(cache: FeatureCache, target: HFDFlashTargetModel, steps: list[np.ndarray], seed: int) -> dict[str, Any]:
+    """Train from the cache and with the target; the curves, and the draft that was trained from the cache."""
+    config = config_for(cache, num_layers=2, num_heads=None, block_size=8, mask_token_id=None)
+    embed, head = cache.get_input_embeddings(), cache.get_output_embeddings()
+    options = TrainOptions(steps=len(steps), seed=seed)
+    curves: dict[str, Any] = {}
+    for name, batches in (("offline", offline(cache, steps)), ("online", online(cache, steps, target))):
+        print(f"-- {name}", flush=True)
+        draft = new_draft(config, seed)
+        curves[name] = train(Trainer(draft, embed, head, options), batches, report_every=100)
+        curves.setdefault("draft", draft)
+    return curves
+
+
+def largest_difference(curves: dict[str, Any]) -> float:
+    """Of the losses of two curves, as a share of the loss."""
+    pairs = zip(curves["offline"].loss, curves["online"].loss, strict=True)
+    return max(abs(a - b) / abs(b) if b else float(a != b) for a, b in pairs)
+
+
+def acceptance(
+    target: HFDFlashTargetModel, cache: FeatureCache, draft: Any, prompts: list[list[int]], length: int
+) -> tuple[float, int]:
+    """Mean tokens a pass over all prompts, and how many answers differ from plain greedy decoding."""
+    embed, head = cache.get_input_embeddings(), cache.get_output_embeddings()
+    tokens = passes = different = 0
+    for prompt in prompts:
+        decoded = decode_with_draft(target, draft, embed, head, prompt, length)
+        tokens, passes = tokens + length - 1, passes + decoded.passes
+        different += decoded.tokens != decode_greedily(target, prompt, length).tokens
+    return tokens / passes, different
+
+
+def step_seconds(
+    cache: FeatureCache, target: HFDFlashTargetModel, steps: list[np.ndarray], seed: int
+) -> dict[str, float]:
+    """Median seconds of a training step, offline and online taking turns."""
+    config = config_for(cache, num_layers=2, num_heads=None, block_size=8, mask_token_id=None)
+    embed, head = cache.get_input_embeddings(), cache.get_output_embeddings()
+    trainer = Trainer(new_draft(config, seed), embed, head, TrainOptions(steps=2 * len(steps), seed=seed))
+    times: dict[str, list[float]] = {"offline": [], "online": []}
+    for pair in zip(offline_timed(cache, steps), online_timed(cache, steps, target), strict=True):
+        for name, (batch, took) in zip(times, pair, strict=True):
+            begun = time.perf_counter()
+            trainer.step(batch)
+            times[name].append(took + time.perf_counter() - begun)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def offline_timed(cache: FeatureCache, steps: list[np.ndarray]) -> Iterator[tuple[DFlashTargetBatch, float]]:
+    """Batches of the cache and the seconds that reading each took."""
+    for indices in steps:
+        begun = time.perf_counter()
+        yield cache.batch(indices), time.perf_counter() - begun
+
+
+def online_timed(
+    cache: FeatureCache, steps: list[np.ndarray], target: HFDFlashTargetModel
+) -> Iterator[tuple[DFlashTargetBatch, float]]:
+    """Batches of the target and the seconds that each pass took; having the tokens counts as nothing."""
+    for batch in offline(cache, steps):
+        begun = time.perf_counter()
+        states = target.generate_batch(batch.input_ids, batch.attention_mask, batch.loss_mask)
+        yield states, time.perf_counter() - begun
+
+
+def plot(curves: dict[str, Curve], path: Path) -> None:
+    """Both losses over the steps, smoothed; without matplotlib there is no picture, and it says so."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("no curves.png: pip install matplotlib")
+        return
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name, style in (("online", "-"), ("offline", "--")):
+        loss = np.array(curves[name].loss)
+        window = max(1, len(loss) // 50)
+        axes.plot(np.convolve(loss, np.ones(window) / window, mode="valid"), style, label=name)
+    axes.set(xlabel="step", ylabel="loss (nats)", title="A draft trained from the cache and with the target")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def command(*arguments: object) -> None:
+    """Run another program of this project, showing what is run."""
+    print("$", *arguments, flush=True)
+    subprocess.run([str(argument) for argument in arguments], check=True)
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Data, target and two caches, as far as they are not there yet."""
+    scripts = Path(__file__).parent
+    args.out.mkdir(parents=True, exist_ok=True)
+    train_rows, held_rows = args.out / "train.jsonl", args.out / "held-out.jsonl"
+    if not held_rows.exists():
+        write_demo_data(args.out / "all.jsonl", args.rows)
+        lines = (args.out / "all.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        train_rows.write_text("".join(lines[:-HELD_OUT]), encoding="utf-8")
+        held_rows.write_text("".join(lines[-HELD_OUT:]), encoding="utf-8")
+    if not (args.out / "target" / "model.safetensors").exists():
+        options = ["--data", train_rows, "--held-out", held_rows, "--steps", args.target_steps]
+        command(sys.executable, scripts / "train_tiny_target.py", "--out", args.out / "target", *options)
+    job = ["--target", args.out / "target", "--data", train_rows, "--num-draft-layers", 3, "--max-length", 256]
+    job += ["--min-loss-tokens", 16, "--device", "cpu"]
+    for name, tokens in (("cache", 8192), ("cache-of-single-samples", 1)):
+        out = ["--out", args.out / name, "--batch-tokens", tokens]
+        command(sys.executable, "-m", "extractor", "extract", *job, *out)
+
+
+def held_out_prompts(args: argparse.Namespace) -> list[list[int]]:
+    """The first questions of held-out conversations, as the target's chat template puts them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.out / "target")
+    rows = (args.out / "held-out.jsonl").read_text(encoding="utf-8").splitlines()[: args.prompts]
+    prompts = []
+    for row in rows:
+        messages = json.loads(row)["messages"]
+        first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        text = tokenizer.apply_chat_template(messages[:first], tokenize=False, add_generation_prompt=True)
+        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return prompts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for everything; what is there is used again")
+    parser.add_argument("--rows", type=int, default=4000, help="conversations, 200 of them held out")
+    parser.add_argument("--target-steps", type=int, default=1200, help="steps that the target is trained")
+    parser.add_argument("--steps", type=int, default=1500, help="steps that the draft is trained, batches of 8")
+    parser.add_argument("--equal-steps", type=int, default=300, help="steps of the bit-for-bit run, batches of 1")
+    parser.add_argument("--prompts", type=int, default=40, help="held-out questions to decode")
+    parser.add_argument("--length", type=int, default=48, help="tokens of each answer")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    prepare(args)
+    from transformers import AutoModelForCausalLM
+
+    cache, single = FeatureCache.open(args.out / "cache"), FeatureCache.open(args.out / "cache-of-single-samples")
+    model = AutoModelForCausalLM.from_pretrained(args.out / "target", dtype=torch.float32)
+    target = HFDFlashTargetModel(model, cache.target_layer_ids, capture_logits=True)
+    equal = both_ways(single, target, orders(len(single), 1, args.equal_steps, args.seed), args.seed)
+    steps = orders(len(cache), 8, args.steps, args.seed)
+    other = both_ways(cache, target, steps, args.seed)
+    prompts = held_out_prompts(args)
+    config = config_for(cache, num_layers=2, num_heads=None, block_size=8, mask_token_id=None)
+    before, _ = acceptance(target, cache, new_draft(config, args.seed), prompts, args.length)
+    after, different = acceptance(target, cache, other["draft"], prompts, args.length)
+    seconds = step_seconds(cache, target, steps[:50], args.seed)
+    figures = {
+        "equal_batches_bit_equal": equal["offline"].loss == equal["online"].loss,
+        "equal_batches_steps": args.equal_steps,
+        "other_batches_largest_relative_difference": largest_difference(other),
+        "loss_first_and_last_100": [
+            statistics.mean(other["offline"].loss[:100]),
+            statistics.mean(other["offline"].loss[-100:]),
+        ],
+        "acceptance_before": before,
+        "acceptance_after": after,
+        "answers": len(prompts),
+        "answers_that_differ_from_greedy": different,
+        "step_seconds": seconds,
+        "step_speed_up": seconds["online"] / seconds["offline"],
+        "target_bytes_not_loaded": sum(p.numel() * p.element_size() for p in model.parameters()),
+    }
+    curves = {
+        name: {way: run[way].loss for way in ("offline", "online")}
+        for name, run in (("equal", equal), ("other", other))
+    }
+    (args.out / "figures.json").write_text(json.dumps({**figures, "curves": curves}, indent=1) + "\n")
+    plot({way: other[way] for way in ("offline", "online")}, args.out / "curves.png")
+    for name, value in figures.items():
+        print(f"{name}: {value}")
+    sys.exit(0 if figures["equal_batches_bit_equal"] and after > 1.0 and after > before else 1)
+
+
+if __name__ == "__main__":
+    main()
