@@ -2,14 +2,14 @@
 
     python scripts/prove_offline.py --out .proof
 
-Makes chat data and a tiny trained target (or takes --target and --data), extracts it with the `dflash-cache` command, and
-trains one draft from the cache and one on what the target gives online: the same weights to begin with, the same
-samples, anchors and steps. Then it measures, and writes figures.json and (where matplotlib is installed) curves.png:
+Makes chat data and trains a tiny target on it, extracts it with the `dflash-cache` command, and trains one draft from
+the cache and one on what the target gives online: the same weights to begin with, the same samples, anchors and steps.
+Then it measures, and writes figures.json and (where matplotlib is installed) curves.png:
   equal batches   one sample a batch, at extraction and in training: losses have to be equal to the last bit (float32)
-  other batches   extraction in length-sorted batches, training in random ones: the largest relative difference of a loss
+  other batches   extracted in length-sorted batches, trained in random ones: the largest relative difference of a loss
   acceptance      tokens a pass of the target in greedy speculative decoding of held-out questions, before and after
                   training; the answers have to be those of plain greedy decoding
-  step, memory    median time of a training step, offline and online alternating; bytes of the target that are not loaded
+  step, memory    median seconds of a training step, offline and online alternating; bytes of the target not loaded
 Exit code 1 if a loss of equal batches differs in a bit, or acceptance does not rise above 1.
 """
 
