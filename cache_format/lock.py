@@ -55,7 +55,7 @@ def writing(
 
 def _acquire(path: Path, job: str | None, first: Callable[[], None]) -> int:
     for _ in range(_TRIES):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             if _take(path, fd, job, first):
                 return fd

@@ -20,7 +20,7 @@ from cache_format.integrity import Problem
 from cache_format.lock import writing
 from cache_format.manifest import MANIFEST_NAME, Manifest
 from cache_format.seal import seal
-from cache_format.storage import make_folder, sync_folder
+from cache_format.storage import inside, is_plain, make_folder, sync_folder
 
 QUARANTINE_NAME = "quarantine"
 _TABLES = frozenset({INDEX_NAME, SHARDS_NAME})
@@ -63,7 +63,18 @@ def plan_repair(cache: Path, problems: Iterable[Problem]) -> RepairPlan:
     if "samples" in named:
         aside |= {f"samples/{path.name}" for path in (cache / "samples").glob("*.arrow")}
     aside |= named.intersection(tables) if state == "complete" else set(tables)
-    return RepairPlan(set_aside=sorted(name for name in aside if os.path.lexists(cache / name)), state=state)
+    return RepairPlan(set_aside=sorted({entry for name in aside if (entry := _own_entry(cache, name))}), state=state)
+
+
+def _own_entry(cache: Path, name: str) -> str | None:
+    """What of ``name`` may be moved: the file, or the first symbolic link on the way to it; never a file outside."""
+    try:
+        inside(cache, name)
+    except CacheError:
+        parts = name.split("/")
+        ways = ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        return next((way for way in ways if (cache / way).is_symlink()), None) if is_plain(name) else None
+    return name if os.path.lexists(cache / name) else None
 
 
 def repair(cache: Path, plan: RepairPlan) -> None:
@@ -72,6 +83,7 @@ def repair(cache: Path, plan: RepairPlan) -> None:
     Killed at any instant, it can be run again: the manifest changes last.
 
     Raises:
+        CacheError: quarantine/ leads out of the cache.
         LockedError: the cache is being written.
         StorageError: the operating system refused.
     """
@@ -93,7 +105,7 @@ def repair(cache: Path, plan: RepairPlan) -> None:
 
 
 def _set_aside(cache: Path, name: str) -> None:
-    aside = cache / QUARANTINE_NAME / name.replace("/", "--")
+    aside = inside(cache, f"{QUARANTINE_NAME}/{name.replace('/', '--')}")
     make_folder(aside.parent)
     tries = (aside.with_name(f"{aside.name}.{n}" if n else aside.name) for n in count())
     aside = next(path for path in tries if not os.path.lexists(path))

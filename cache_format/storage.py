@@ -19,17 +19,26 @@ from cache_format.errors import CacheError, StorageError
 TEMPORARY_SUFFIX = ".tmp"
 
 
+def is_plain(name: str) -> bool:
+    """Whether ``name`` is a relative path with no ``..``, ``.``, backslash or empty part in it."""
+    return not any(c in name for c in "\\\0") and not any(part in ("", ".", "..") for part in name.split("/"))
+
+
 def inside(root: Path, name: str) -> Path:
     """The path of ``name`` below ``root``; a name that leads out of the cache is refused.
 
     Raises:
         CacheError: absolute, with ``..``, empty, or reaching outside through a symbolic link.
     """
-    parts = name.split("/")
-    if not name or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+    if not is_plain(name):
         raise CacheError(root, f"file name {name!r} is not a plain relative path; it could lead out of the cache")
-    path = root.joinpath(*parts)
-    if not path.resolve().is_relative_to(root.resolve()):
+    path = root / name
+    try:
+        # Not strict, so that a path that is not there yet resolves too; a loop of links or a name too long does not.
+        leads_out = not path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError) as error:
+        raise CacheError(path, f"cannot be followed: {error}") from None
+    if leads_out:
         raise CacheError(path, "leads out of the cache through a symbolic link")
     return path
 
