@@ -173,6 +173,7 @@ class ShardFile:
         try:
             self.container = read_container(self.source)
             self._check_header()
+            self._keep()
             self.cu_seqlens = self._array("cu_seqlens")
             self.sample_ids = self._array("sample_ids")
             self.sample_checksums = self._array("sample_checksums")
@@ -242,6 +243,19 @@ class ShardFile:
         out = np.empty(place.num_bytes, np.uint8)
         self.read_into(place.start, out)
         return out.view({"I64": "<i8", "U64": "<u8"}[place.dtype])
+
+    def _keep(self) -> None:
+        """The head, and the few bytes a token that lie behind the states: each is one read where reads are slow."""
+        places = self.container.places
+        self.source.keep(0, places["sample_checksums"].stop)
+        narrow = sorted((places[name] for name in ("input_ids", "attention_mask", "loss_mask")), key=lambda p: p.start)
+        start, stop = narrow[0].start, narrow[0].stop
+        for place in narrow[1:]:
+            if place.start != stop:
+                self.source.keep(start, stop)
+                start = place.start
+            stop = place.stop
+        self.source.keep(start, stop)
 
     def _check_header(self) -> None:
         found, places = self.container.metadata, self.container.places
