@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from cache_format.captures import Captures
-from cache_format.codec import Codec, codec_from_dict
+from cache_format.codecs import States, codec_from_dict
 from cache_format.errors import CacheError, MismatchError, StorageError
 from cache_format.safetensors_file import DTYPES
 from cache_format.shard import FORMAT_NAME, FORMAT_VERSION, ShardSchema
@@ -145,10 +145,11 @@ class Manifest:
 
     def schema(self) -> ShardSchema:
         """What the cache's shards have in common."""
-        codec: Codec = codec_from_dict(self.codec)
-        captures = Captures.from_dict(self.capture).tensors(self.torch_dtype, self.hidden_size)
         return ShardSchema(
-            fingerprint=self.fingerprint, codec=codec, dtype=self.torch_dtype, width=self.width, captures=captures
+            fingerprint=self.fingerprint,
+            codec=codec_from_dict(self.codec),
+            states=States(self.torch_dtype, len(self.target_layer_ids), self.hidden_size),
+            captures=Captures.from_dict(self.capture).tensors(self.torch_dtype, self.hidden_size),
         )
 
     def extracting(self, identity: Mapping[str, Any], **changes: Any) -> Manifest:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_format.codec import RawCodec
+from cache_format.codecs import RawCodec
 from cache_format.errors import InputError
 from cache_format.manifest import torch_dtype
 from cache_format.shard import ShardSchema

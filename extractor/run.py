@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache_format.codec import RawCodec
+from cache_format.codecs import RawCodec
 from cache_format.errors import DFlashCacheError
 from cache_format.safetensors_file import DTYPES
 from cache_format.samples import PreparedSamples
