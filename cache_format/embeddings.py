@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from cache_format.byte_source import LocalFile
 from cache_format.errors import CacheError, StorageError
 from cache_format.manifest import TargetInfo
 from cache_format.safetensors_file import DTYPE_NAMES, plan_container, read_container
-from cache_format.storage import committed, inside, open_for_reading, write_all
+from cache_format.storage import committed, inside, write_all
 
 EMBEDDINGS_NAME = "target/embeddings.safetensors"
 EMBED = "embed_tokens.weight"
@@ -48,10 +50,9 @@ def write_embeddings(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _load(cache: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     path = inside(cache, EMBEDDINGS_NAME)
-    fd = open_for_reading(path)
     try:
-        with open(fd, "rb") as file:
-            found = read_container(file.fileno(), path).places
+        with closing(LocalFile(path)) as file:
+            found = read_container(file).places
             wanted = [name for name in names if name in found]
             with safe_open(path, "pt") as weights:
                 return {name: weights.get_tensor(name) for name in wanted}

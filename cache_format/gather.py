@@ -211,7 +211,7 @@ def _decode(schema: ShardSchema, piece: Piece, stored: dict[str, np.ndarray], ou
             codec.decode_sample(stored[BLOCKS], shard.codec_head, num_tokens, bits)
         except ValueError as error:
             sample = int(shard.sample_ids[position])
-            raise CacheError(shard.path, f"sample {sample} cannot be decoded: {error}") from None
+            raise CacheError(shard.where, f"sample {sample} cannot be decoded: {error}") from None
 
 
 _thread = threading.local()

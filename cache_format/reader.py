@@ -371,11 +371,12 @@ class _MappedShard:
     """A checked shard file and its private memory map."""
 
     def __init__(self, cache: Path, schema: Any, number: int):
-        self.file = ShardFile(inside(cache, shard_name(number)), schema, number)
-        with open(self.file.path, "rb") as file:
+        path = inside(cache, shard_name(number))
+        self.file = ShardFile(path, schema, number)
+        with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         if len(self._map) != self.file.container.num_bytes:
-            raise CacheError(self.file.path, "changed its size while it was opened")
+            raise CacheError(path, "changed its size while it was opened")
 
     def view(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a per-token tensor, without a copy."""

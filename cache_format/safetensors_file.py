@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from cache_format.byte_source import ByteSource
 from cache_format.errors import CacheError
 
 DTYPES: dict[str, torch.dtype] = {
@@ -108,27 +109,30 @@ def plan_container(
     return Container(places, dict(metadata), struct.pack("<Q", len(text)) + text, data + starts[-1])
 
 
-def read_container(fd: int, path: str | os.PathLike[str]) -> Container:
+def read_container(source: ByteSource) -> Container:
     """Parse and check the header of an open file; reads at most 1 MiB, allocates nothing in proportion to its claims.
 
     Raises:
         CacheError: anything but a whole, gapless safetensors file with dtypes of this format.
-        OSError: the read itself failed.
+        StorageError: the read itself failed.
     """
 
     def bad(problem: str) -> CacheError:
-        return CacheError(path, f"is not a valid safetensors file: {problem}")
+        return CacheError(source.where, f"is not a valid safetensors file: {problem}")
 
-    size = os.fstat(fd).st_size
-    prefix = os.pread(fd, 8, 0)
-    if len(prefix) < 8:
+    def read(start: int, count: int) -> bytes:
+        out = np.empty(count, np.uint8)
+        source.read_into(start, out)
+        return out.tobytes()
+
+    size = source.size
+    if size < 8:
         raise bad(f"only {size} bytes long")
+    prefix = read(0, 8)
     (length,) = struct.unpack("<Q", prefix)
     if length > MAX_HEADER_BYTES or 8 + length > size:
         raise bad(f"header of {length:,} bytes in a file of {size:,}; truncated or damaged")
-    text = os.pread(fd, length, 8)
-    if len(text) != length:
-        raise bad("the header is cut off")
+    text = read(8, length)
     try:
         entries = json.loads(text, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:

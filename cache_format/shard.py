@@ -9,7 +9,6 @@ of these, a header follows from the plan, so it can be compared byte for byte.
 from __future__ import annotations
 
 import math
-import os
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,11 +19,12 @@ import torch
 import xxhash
 from torch import Tensor
 
+from cache_format.byte_source import ByteSource, LocalFile
 from cache_format.codecs import BlockCodec, Codec, HeadTensor, RawCodec, States, TokenTensor
 from cache_format.codecs.interface import BLOCK_STARTS, BLOCKS
-from cache_format.errors import CacheError, StorageError
+from cache_format.errors import CacheError
 from cache_format.safetensors_file import DTYPES, PAGE, Container, TensorPlace, plan_container, read_container
-from cache_format.storage import committed, open_for_reading, write_all
+from cache_format.storage import committed, write_all
 
 FORMAT_NAME = "dflash-cache"
 FORMAT_VERSION = 1
@@ -212,16 +212,17 @@ class ShardFile:
     Thread-safe: reads carry their own offsets. Close it, or use it as a context manager.
     """
 
-    def __init__(self, path: Path, schema: ShardSchema, number: int):
-        """Open and check shard ``number``.
+    def __init__(self, source: Path | ByteSource, schema: ShardSchema, number: int):
+        """Open and check shard ``number``: a file, or what else its bytes come from, which is then closed with it.
 
         Raises:
             CacheError: missing, damaged, or not this shard of this cache.
         """
-        self.path, self.schema, self.number = path, schema, number
-        self._fd = open_for_reading(path)
+        self.schema, self.number = schema, number
+        self.source = LocalFile(source) if isinstance(source, Path) else source
+        self.where = self.source.where
         try:
-            self.container = read_container(self._fd, path)
+            self.container = read_container(self.source)
             self._check_header()
             self.cu_seqlens = self._array("cu_seqlens")
             self.sample_ids = self._array("sample_ids")
@@ -230,9 +231,6 @@ class ShardFile:
                 t.name: self._array(t.name) for t in schema.codec.head(schema.states, len(self.sample_ids))
             }
             self._check_head()
-        except OSError as error:
-            self.close()
-            raise StorageError(path, "read", error) from error
         except BaseException:
             self.close()
             raise
@@ -244,14 +242,8 @@ class ShardFile:
         self.close()
 
     def close(self) -> None:
-        """Give the file descriptor back. Closing twice is harmless."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
-            self.close()
+        """Give the file back. Closing twice is harmless."""
+        self.source.close()
 
     @property
     def num_samples(self) -> int:
@@ -281,7 +273,7 @@ class ShardFile:
         """
         position = int(np.searchsorted(self.cu_seqlens, row))
         if position >= self.num_samples or self.cu_seqlens[position] != row:
-            raise CacheError(self.path, f"no sample begins at row {row:,}")
+            raise CacheError(self.where, f"no sample begins at row {row:,}")
         return position
 
     def block_range(self, position: int) -> tuple[int, int]:
@@ -305,17 +297,9 @@ class ShardFile:
 
         Raises:
             CacheError: the file ended early.
-            StorageError: the operating system refused.
+            StorageError: the operating system, or the store, refused.
         """
-        view = out.data
-        try:
-            while view:
-                count = os.preadv(self._fd, [view], offset)
-                if count == 0:
-                    raise CacheError(self.path, f"ends at byte {offset:,}; truncated since it was opened")
-                view, offset = view[count:], offset + count
-        except OSError as error:
-            raise StorageError(self.path, "read", error) from error
+        self.source.read_into(offset, out)
 
     def computed_checksum(self, position: int) -> int:
         """The checksum of the sample at ``position`` as its bytes are now; reads in chunks of 4 MiB."""
@@ -338,23 +322,23 @@ class ShardFile:
         for key, value in self.schema.metadata(self.number).items():
             if found.get(key) != value:
                 raise CacheError(
-                    self.path, f"{key} is {found.get(key)!r}, this cache's shard has {value!r} (swapped file?)"
+                    self.where, f"{key} is {found.get(key)!r}, this cache's shard has {value!r} (swapped file?)"
                 )
         ids, rows = places.get("sample_ids"), places.get("input_ids")
         if ids is None or rows is None or not ids.shape or not rows.shape:
-            raise CacheError(self.path, "has no sample_ids or no input_ids")
+            raise CacheError(self.where, "has no sample_ids or no input_ids")
         blocks = places.get(BLOCKS)
         block_bytes = blocks.num_bytes if blocks is not None else 0
         expected = self.schema.layout(self.number, ids.shape[0], rows.shape[0], block_bytes)
         if self.container.header != expected.header:
-            raise CacheError(self.path, "header is not the one that the format lays down for its samples and tokens")
+            raise CacheError(self.where, "header is not the one that the format lays down for its samples and tokens")
 
     def _check_head(self) -> None:
         rows = self.container.places["input_ids"].shape[0]
         cu = self.cu_seqlens
         if cu[0] != 0 or cu[-1] != rows or (np.diff(cu) < 1).any() or (cu < 0).any():
-            raise CacheError(self.path, f"cu_seqlens does not divide its {rows:,} tokens into samples")
+            raise CacheError(self.where, f"cu_seqlens does not divide its {rows:,} tokens into samples")
         if self.schema.has_blocks:
             starts, size = self.codec_head[BLOCK_STARTS], self.container.places[BLOCKS].num_bytes
             if starts[0] != 0 or starts[-1] != size or (np.diff(starts) < 1).any() or (starts < 0).any():
-                raise CacheError(self.path, f"{BLOCK_STARTS} does not divide its {size:,} bytes into samples")
+                raise CacheError(self.where, f"{BLOCK_STARTS} does not divide its {size:,} bytes into samples")
