@@ -173,7 +173,7 @@ def _layout(in_batch: Sequence[TokenTensor], tokens: int) -> dict[str, _Place]:
 
 
 def _read(schema: ShardSchema, piece: Piece, targets: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Read one sample; its stored bytes in file order, of ``targets`` (uint8 ``[length, row_bytes]``) in their place."""
+    """Read one sample; its stored bytes in file order, ``targets`` (uint8 ``[length, row_bytes]``) in their place."""
     ranges = {
         tensor.name: piece.shard.row_range(tensor.name, piece.start, piece.start + piece.length)
         for tensor in schema.token_tensors

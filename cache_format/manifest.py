@@ -80,6 +80,16 @@ class Totals:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the codec made of the states, once all shards are there."""
+
+    ratio: float
+    """bytes stored for hidden_states over their bytes before"""
+    snr_db: list[float]
+    """signal-to-noise ratio of each captured layer, in dB; empty with a lossless codec"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileInfo:
     """A file beside the shards, as it was committed."""
 
@@ -109,6 +119,7 @@ class Manifest:
     totals: Totals | None = None
     quarantined: list[int] = field(default_factory=list)
     """sample_ids left out of the shards because the target gave non-finite states for them"""
+    measured: Measured | None = None
     files: dict[str, FileInfo] = field(default_factory=dict)
     """path below the cache -> size and checksum, for all but the manifest and the shards"""
 

@@ -107,10 +107,10 @@ class ShardSchema:
             return plan_container([*tensors, (BLOCKS, "U8", (block_bytes,))], self.metadata(number))
         return plan_container(tensors, self.metadata(number), page_aligned="hidden_states")
 
-    def most_bytes(self, number: int, num_samples: int, num_tokens: int) -> int:
-        """Size of shard ``number`` as a file; where the codec's bytes depend on the content, it is no larger."""
-        at_most = num_tokens * self.states.row_bytes * 2 if self.has_blocks else 0
-        return self.layout(number, num_samples, num_tokens, at_most).num_bytes
+    def num_bytes(self, number: int, num_samples: int, num_tokens: int) -> int:
+        """Size of shard ``number`` as a file; where it depends on the states, the size that is to be expected."""
+        expected = round(num_tokens * self.states.row_bytes * self.codec.expected_ratio) if self.has_blocks else 0
+        return self.layout(number, num_samples, num_tokens, expected).num_bytes
 
 
 class ShardBuffer:
@@ -118,6 +118,7 @@ class ShardBuffer:
 
     def __init__(self, capacity: int, pin_memory: bool = False):
         """``capacity`` bytes: the largest shard of the plan. ``pin_memory`` makes copies from CUDA asynchronous."""
+        self.capacity = capacity
         self._memory = torch.empty(capacity + _ALIGNMENT, dtype=torch.uint8, pin_memory=pin_memory)
         self.container: Container | None = None
 
@@ -254,6 +255,11 @@ class ShardFile:
     def num_tokens(self) -> int:
         """Tokens in the shard."""
         return int(self.cu_seqlens[-1])
+
+    def states_bytes(self) -> int:
+        """Bytes that stand for hidden_states: the codec's tensors with a row a token, or the blocks."""
+        names = [tensor.name for tensor in self.schema.codec.tensors(self.schema.states)]
+        return sum(self.container.places[name].num_bytes for name in (names or [BLOCKS]))
 
     def head_checksum(self) -> int:
         """The shard's checksum: xxh3_64 over the file from its first byte to the end of the head.

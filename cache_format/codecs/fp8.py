@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache_format.codecs.interface import HeadTensor, RowCodec, States, TokenTensor
+from cache_format.codecs.interface import ENERGY, HeadTensor, RowCodec, States, TokenTensor
 
 SCALES = "hidden_states_scales"
-ENERGY = "hidden_states_energy"
 LARGEST = 448.0
 """of float8_e4m3fn (https://arxiv.org/abs/2209.05433)"""
 
@@ -42,7 +41,7 @@ class Fp8Codec(RowCodec):
         return (TokenTensor("hidden_states", "F8_E4M3", states.width), TokenTensor(SCALES, "F32", states.layers))
 
     def head(self, states: States, num_samples: int) -> tuple[HeadTensor, ...]:
-        """``hidden_states_energy`` F64 ``[2, L]``: sum of squares of each layer's states, and of their errors."""
+        """``hidden_states_energy``, from which the SNR is worked out."""
         return (HeadTensor(ENERGY, "F64", (2, states.layers)),)
 
     def encode(self, rows: Tensor, stored: Mapping[str, Tensor], states: States) -> Tensor:

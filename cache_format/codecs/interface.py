@@ -25,6 +25,9 @@ BLOCKS = "hidden_states_blocks"
 BLOCK_STARTS = "hidden_states_block_starts"
 """U8 ``[Z]``: the encoded samples of a shard one after the other; I64 ``[n + 1]``: where each begins, then Z."""
 
+ENERGY = "hidden_states_energy"
+"""F64 ``[2, L]``, of lossy codecs: sum of squares of each layer's states in the shard, and of their errors."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenTensor:
