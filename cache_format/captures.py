@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cache_format.codec import TokenTensor
+from cache_format.codecs import TokenTensor
 from cache_format.safetensors_file import DTYPE_NAMES
 
 LAST_HIDDEN_STATES = "last_hidden_states"

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from cache_format.arrow_file import read_batch, write_batch
+from cache_format.codecs.interface import ENERGY
 from cache_format.errors import CacheError
 from cache_format.shard import ShardFile, ShardSchema, shard_name
 from cache_format.storage import inside
@@ -27,6 +28,7 @@ def _schema(**columns: pa.DataType) -> pa.Schema:
     return pa.schema([pa.field(name, dtype, nullable=False) for name, dtype in columns.items()])
 
 
+_NUMBERS = pa.list_(pa.field("item", pa.float64(), nullable=False))
 INDEX_SCHEMA = _schema(
     sample_id=pa.int64(),
     shard=pa.int32(),
@@ -35,7 +37,16 @@ INDEX_SCHEMA = _schema(
     num_loss_tokens=pa.int32(),
     checksum=pa.uint64(),
 )
-SHARDS_SCHEMA = _schema(file=pa.string(), samples=pa.int64(), tokens=pa.int64(), bytes=pa.int64(), checksum=pa.uint64())
+SHARDS_SCHEMA = _schema(
+    file=pa.string(),
+    samples=pa.int64(),
+    tokens=pa.int64(),
+    bytes=pa.int64(),
+    checksum=pa.uint64(),
+    states_bytes=pa.int64(),
+    energy=_NUMBERS,
+    error_energy=_NUMBERS,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +82,12 @@ class ShardRow:
     """size of the file"""
     checksum: int
     """see ``ShardFile.head_checksum``"""
+    states_bytes: int
+    """of these, what stands for hidden_states"""
+    energy: list[float]
+    """sum of squares of each layer's states before a lossy codec; empty with a lossless one"""
+    error_energy: list[float]
+    """the same of what the codec changed"""
 
 
 def shard_rows(shard: ShardFile) -> tuple[ShardRow, Index]:
@@ -80,8 +97,16 @@ def shard_rows(shard: ShardFile) -> tuple[ShardRow, Index]:
     shard.read_into(offset, mask)
     starts = shard.cu_seqlens[:-1]
     loss = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
+    energies = shard.codec_head.get(ENERGY)
     row = ShardRow(
-        shard_name(shard.number), shard.num_samples, shard.num_tokens, shard.container.num_bytes, shard.head_checksum()
+        file=shard_name(shard.number),
+        samples=shard.num_samples,
+        tokens=shard.num_tokens,
+        bytes=shard.container.num_bytes,
+        checksum=shard.head_checksum(),
+        states_bytes=shard.states_bytes(),
+        energy=[] if energies is None else energies[0].tolist(),
+        error_energy=[] if energies is None else energies[1].tolist(),
     )
     return row, Index(
         shard.sample_ids,

@@ -25,7 +25,7 @@ import xxhash
 
 from cache_format.batch import DFlashTargetBatch
 from cache_format.errors import InputError, MismatchError
-from cache_format.gather import batch_bytes
+from cache_format.gather import Gathered, batch_bytes
 from cache_format.index import Index
 from cache_format.order import (
     Batches,
@@ -66,6 +66,7 @@ class LoaderOptions:
     device: torch.device | None
     threads: int
     prefetch: int
+    decode_on_host: bool
 
     def __post_init__(self) -> None:
         if (self.batch_size is None) == (self.batch_tokens is None):
@@ -165,23 +166,29 @@ class CacheLoader:
             batch_rows(batches, begun, step, options.rank, options.world_size, options.drop_last)
             for step in range(steps)
         )
-        read = self._to_device if options.device is not None and options.device.type == "cuda" else self._read_ahead
         epoch = self._epoch
-        for batch, done in read(turns):
+        on_host = ((gathered.decoded(), done) for gathered, done in self._read_ahead(turns))
+        for batch, done in self._to_device(turns) if self._on_cuda else on_host:
             self._done = done
             yield batch
         if self._epoch == epoch:
             self._epoch, self._done = epoch + 1, 0
 
-    def _read_ahead(self, turns: Iterator[tuple[list[np.ndarray], int]]) -> Iterator[tuple[DFlashTargetBatch, int]]:
+    def _read_ahead(self, turns: Iterator[tuple[list[np.ndarray], int]]) -> Iterator[tuple[Gathered, int]]:
         """Batches in order, read by threads; at most ``prefetch`` are being read or wait, beside the one given out."""
         options, pool = self._options, self._pool
-        pending: deque[tuple[Future[DFlashTargetBatch], int]] = deque()
+        pending: deque[tuple[Future[Gathered], int]] = deque()
         started = False
         executor = ThreadPoolExecutor(options.threads, thread_name_prefix="cache-reader")
 
-        def read(rows: list[np.ndarray]) -> DFlashTargetBatch:
-            return self._cache.gather(rows, pack_to=options.pack_to, max_length=options.max_length, allocate=pool.lease)
+        def read(rows: list[np.ndarray]) -> Gathered:
+            return self._cache.gather(
+                rows,
+                pack_to=options.pack_to,
+                max_length=options.max_length,
+                allocate=pool.lease,
+                decode=self._decode_on_host,
+            )
 
         try:
             for rows, done in turns:
@@ -202,10 +209,10 @@ class CacheLoader:
         """Copy each batch on a side stream while the trainer computes on the one before."""
         device = self._options.device
         stream = torch.cuda.Stream(device)
-        ahead: deque[tuple[DFlashTargetBatch, DFlashTargetBatch, torch.cuda.Event, int]] = deque()
+        ahead: deque[tuple[DFlashTargetBatch, Gathered, torch.cuda.Event, int]] = deque()
         for number, (host, done) in enumerate(self._read_ahead(turns)):
             with torch.cuda.stream(stream):
-                batch = host.to(device, non_blocking=True)  # type: ignore[arg-type]
+                batch = host.to(device).decoded()  # type: ignore[arg-type]
                 copied = stream.record_event()
             ahead.append((batch, host, copied, done))
             # The first batch at once, from then on with the next one's copy under way.
@@ -220,9 +227,16 @@ class CacheLoader:
         longest = options.pack_to or int(self._lengths[self._samples].max())
         rows = options.batch_size or 1
         length = longest if options.batch_size else options.batch_tokens or 1
-        capacity = batch_bytes(self._cache.manifest.schema(), rows, length)
-        on_cuda = options.device is not None and options.device.type == "cuda"
-        return BufferPool(capacity, keep=options.prefetch + 2, pin_memory=on_cuda)
+        capacity = batch_bytes(self._cache.manifest.schema(), rows, length, self._decode_on_host)
+        return BufferPool(capacity, keep=options.prefetch + 2, pin_memory=self._on_cuda)
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self._options.device is not None and self._options.device.type == "cuda"
+
+    @property
+    def _decode_on_host(self) -> bool:
+        return self._options.decode_on_host or not self._on_cuda
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
@@ -287,7 +301,7 @@ def _require_room(options: LoaderOptions, lengths: np.ndarray) -> None:
 
 
 def _arrived(
-    batch: DFlashTargetBatch, host: DFlashTargetBatch, copied: torch.cuda.Event, done: int
+    batch: DFlashTargetBatch, host: Gathered, copied: torch.cuda.Event, done: int
 ) -> tuple[DFlashTargetBatch, int]:
     """A batch that the current stream may use; its host memory is free for the next read once the copy is over."""
     current = torch.cuda.current_stream(batch.input_ids.device)

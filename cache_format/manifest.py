@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from cache_format.captures import Captures
-from cache_format.codec import Codec, codec_from_dict
+from cache_format.codecs import States, codec_from_dict
 from cache_format.errors import CacheError, MismatchError, StorageError
 from cache_format.safetensors_file import DTYPES
 from cache_format.shard import FORMAT_NAME, FORMAT_VERSION, ShardSchema
@@ -80,6 +80,16 @@ class Totals:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the codec made of the states, once all shards are there."""
+
+    ratio: float
+    """bytes stored for hidden_states over their bytes before"""
+    snr_db: list[float]
+    """signal-to-noise ratio of each captured layer, in dB; empty with a lossless codec"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileInfo:
     """A file beside the shards, as it was committed."""
 
@@ -109,6 +119,7 @@ class Manifest:
     totals: Totals | None = None
     quarantined: list[int] = field(default_factory=list)
     """sample_ids left out of the shards because the target gave non-finite states for them"""
+    measured: Measured | None = None
     files: dict[str, FileInfo] = field(default_factory=dict)
     """path below the cache -> size and checksum, for all but the manifest and the shards"""
 
@@ -145,10 +156,11 @@ class Manifest:
 
     def schema(self) -> ShardSchema:
         """What the cache's shards have in common."""
-        codec: Codec = codec_from_dict(self.codec)
-        captures = Captures.from_dict(self.capture).tensors(self.torch_dtype, self.hidden_size)
         return ShardSchema(
-            fingerprint=self.fingerprint, codec=codec, dtype=self.torch_dtype, width=self.width, captures=captures
+            fingerprint=self.fingerprint,
+            codec=codec_from_dict(self.codec),
+            states=States(self.torch_dtype, len(self.target_layer_ids), self.hidden_size),
+            captures=Captures.from_dict(self.capture).tensors(self.torch_dtype, self.hidden_size),
         )
 
     def extracting(self, identity: Mapping[str, Any], **changes: Any) -> Manifest:

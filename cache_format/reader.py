@@ -7,6 +7,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cache_format.batch import DFlashTargetBatch
+from cache_format.codecs import RawCodec
 from cache_format.embeddings import EMBEDDINGS_NAME, load_input_embeddings, load_output_embeddings
 from cache_format.errors import CacheError, InputError, MismatchError
-from cache_format.gather import Piece, gather, widened
+from cache_format.gather import Gathered, Piece, gather, widened
 from cache_format.index import INDEX_NAME, SHARDS_NAME, Index, read_index, read_shards, tables_from_shards
 from cache_format.loader import CacheLoader, LoaderOptions, default_rank
 from cache_format.manifest import Manifest, file_info
@@ -138,20 +140,22 @@ class FeatureCache(Dataset):
     def __getitem__(self, i: int) -> DFlashTargetBatch:
         """Sample i as a batch with B = 1, unpadded.
 
-        ``hidden_states`` is a view of the memory-mapped file (copy-on-write: writing to it changes no file);
-        it stays valid as long as the tensor lives.
+        With the raw codec ``hidden_states`` is a view of the memory-mapped file (copy-on-write: writing to it changes
+        no file) and stays valid as long as the tensor lives; with another it is the caller's own memory.
 
         Raises:
             IndexError: outside 0..len-1 (negative i counts from the end).
             CacheError: the shard is damaged or missing.
         """
         shard, start, stop = self._locate(i)
+        if not isinstance(self._schema.codec, RawCodec):
+            return self.batch([i])
         stored = {t.name: shard.view(t.name, start, stop) for t in self._schema.token_tensors}
         if self._options["verify"]:
             bytes_ = [stored[t.name].reshape(-1).view(torch.uint8).numpy() for t in self._schema.token_tensors]
             self._check_sample(i, bytes_)
         return DFlashTargetBatch(
-            hidden_states=self._schema.codec.decode(stored).unsqueeze(0),
+            hidden_states=stored["hidden_states"].unsqueeze(0),
             input_ids=stored["input_ids"].to(torch.int64).unsqueeze(0),
             attention_mask=stored["attention_mask"].to(torch.int64).unsqueeze(0),
             loss_mask=stored["loss_mask"].to(torch.int64).unsqueeze(0),
@@ -169,7 +173,7 @@ class FeatureCache(Dataset):
         """
         if not len(indices):
             raise InputError("batch() needs at least one sample index")
-        return self.gather([[i] for i in indices], allocate=lambda size: torch.empty(size, dtype=torch.uint8))
+        return self.gather([[i] for i in indices], allocate=lambda size: torch.empty(size, dtype=torch.uint8)).decoded()
 
     def gather(
         self,
@@ -178,7 +182,8 @@ class FeatureCache(Dataset):
         allocate: Callable[[int], Tensor],
         max_length: int | None = None,
         pack_to: int | None = None,
-    ) -> DFlashTargetBatch:
+        decode: bool = True,
+    ) -> Gathered:
         """A batch of rows that each hold one sample or, with ``pack_to``, several; what ``batch`` and ``loader`` use.
 
         Args:
@@ -186,6 +191,7 @@ class FeatureCache(Dataset):
             allocate: gives the batch's memory: uint8, of a size in bytes.
             max_length: take no more than the first ``max_length`` tokens of a sample.
             pack_to: S, the length of every row; None: the longest row's.
+            decode: False: states stay encoded where the codec has each token on its own, to be decoded on a device.
 
         Raises:
             IndexError, CacheError: as for ``cache[i]``.
@@ -200,8 +206,8 @@ class FeatureCache(Dataset):
                 at += size
         longest = pack_to or max(sum(sizes) for sizes in lengths)
         check = self._check_piece if self._options["verify"] else None
-        batch = gather(self._schema, pieces, len(rows), longest, allocate, check)
-        return batch if pack_to is None else with_documents(batch, lengths)
+        gathered = gather(self._schema, pieces, len(rows), longest, allocate, check, decode)
+        return gathered if pack_to is None else replace(gathered, batch=with_documents(gathered.batch, lengths))
 
     def __getitems__(self, indices: Sequence[int]) -> list[DFlashTargetBatch]:
         """What a torch ``DataLoader`` asks for; give it ``collate_fn=cache_format.collate``."""
@@ -224,6 +230,7 @@ class FeatureCache(Dataset):
         device: torch.device | str | None = None,
         threads: int = 4,
         prefetch: int = 4,
+        decode_on_host: bool = False,
     ) -> CacheLoader:
         """Batches for training: an iterable of :class:`DFlashTargetBatch`, one epoch each time it is iterated over.
 
@@ -255,6 +262,8 @@ class FeatureCache(Dataset):
             device: where batches are wanted; copies to a CUDA device overlap with the trainer's work.
             threads: that read.
             prefetch: batches that are read ahead.
+            decode_on_host: decode the fp8 codec on the host, not on the CUDA device; twice the bytes cross the bus, and
+                the device computes nothing. zbits is always decoded on the host, by the reading threads.
 
         Raises:
             InputError: an option that cannot be, or samples longer than ``batch_tokens`` or ``pack_to``.
@@ -275,6 +284,7 @@ class FeatureCache(Dataset):
             device=None if device is None else torch.device(device),
             threads=threads,
             prefetch=prefetch,
+            decode_on_host=decode_on_host,
         )
         return CacheLoader(self, options)
 

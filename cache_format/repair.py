@@ -97,10 +97,17 @@ def repair(cache: Path, plan: RepairPlan) -> None:
         if plan.state == "complete":
             seal(cache, replace(manifest, files=files))
         elif plan.state == "extracting":
-            replace(manifest, state="extracting", files=files, quarantined=[]).write(cache)
+            replace(manifest, state="extracting", files=files, quarantined=[], measured=None).write(cache)
         else:
             identity = {name: value for name, value in manifest.identity.items() if name not in LATER_IDENTITY}
-            nothing: dict[str, Any] = {"fingerprint": "", "data": None, "totals": None, "quarantined": [], "files": {}}
+            nothing: dict[str, Any] = {
+                "fingerprint": "",
+                "data": None,
+                "totals": None,
+                "quarantined": [],
+                "measured": None,
+                "files": {},
+            }
             replace(manifest, state="preparing", identity=identity, **nothing).write(cache)
 
 

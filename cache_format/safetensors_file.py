@@ -21,6 +21,7 @@ from cache_format.byte_source import ByteSource
 from cache_format.errors import CacheError
 
 DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from cache_format.index import INDEX_NAME, SHARDS_NAME, tables_from_shards, write_index, write_shards
-from cache_format.manifest import FileInfo, Manifest, file_info
+from cache_format.index import INDEX_NAME, SHARDS_NAME, ShardRow, tables_from_shards, write_index, write_shards
+from cache_format.manifest import FileInfo, Manifest, Measured, file_info
 
 
 def seal(cache: Path, manifest: Manifest) -> Manifest:
@@ -31,10 +31,22 @@ def seal(cache: Path, manifest: Manifest) -> Manifest:
         manifest,
         state="complete",
         quarantined=np.flatnonzero(~stored).tolist(),
+        measured=measure(manifest, rows),
         files=dict(sorted((manifest.files | describe_files(cache, [INDEX_NAME, SHARDS_NAME])).items())),
     )
     sealed.write(cache)
     return sealed
+
+
+def measure(manifest: Manifest, rows: Sequence[ShardRow]) -> Measured:
+    """What the codec made of the states of all shards."""
+    before = sum(row.tokens for row in rows) * manifest.schema().states.row_bytes
+    energy, error = (np.array([getattr(row, name) for row in rows]) for name in ("energy", "error_energy"))
+    snr: list[float] = []
+    if energy.size:
+        ratios = np.clip(np.nan_to_num(energy.sum(0) / np.maximum(error.sum(0), 1e-300)), 1e-20, 1e20)
+        snr = np.round(10 * np.log10(ratios), 2).tolist()
+    return Measured(ratio=round(sum(row.states_bytes for row in rows) / max(before, 1), 4), snr_db=snr)
 
 
 def describe_files(cache: Path, names: Iterable[str]) -> dict[str, FileInfo]:

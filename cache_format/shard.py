@@ -1,15 +1,16 @@
 """One shard: flat, unpadded tensors over its samples in one safetensors file. Layout, filling, reading.
 
-The head comes first (cu_seqlens, sample_ids, sample_checksums: 8-byte elements), then the tensors with one row a token,
-those whose rows keep the widest alignment first: the codec's tensors (hidden_states on a page), input_ids, the masks.
-Everything but the checksums follows from the plan, so a header can be compared byte for byte.
+The head comes first (cu_seqlens, sample_ids, sample_checksums and the codec's own: multiples of 8 bytes), then the
+tensors with one row a token, those whose rows keep the widest alignment first: the codec's tensors (hidden_states on a
+page), input_ids, the masks; last, where the codec makes them, the encoded blocks of the samples. But for the length
+of these, a header follows from the plan, so it can be compared byte for byte.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import xxhash
 from torch import Tensor
 
 from cache_format.byte_source import ByteSource, LocalFile
-from cache_format.codec import Codec, TokenTensor
+from cache_format.codecs import BlockCodec, Codec, HeadTensor, RawCodec, States, TokenTensor
+from cache_format.codecs.interface import BLOCK_STARTS, BLOCKS
 from cache_format.errors import CacheError
 from cache_format.safetensors_file import DTYPES, PAGE, Container, TensorPlace, plan_container, read_container
 from cache_format.storage import committed, write_all
@@ -28,6 +30,8 @@ FORMAT_NAME = "dflash-cache"
 FORMAT_VERSION = 1
 HEAD = (("cu_seqlens", "I64"), ("sample_ids", "I64"), ("sample_checksums", "U64"))
 READ_CHUNK_BYTES = 4 << 20
+_ALIGNMENT = 64
+_NUMPY = {"I64": "<i8", "U64": "<u8", "F64": "<f8", "U8": "u1"}
 
 
 def shard_name(number: int) -> str:
@@ -48,10 +52,8 @@ class ShardSchema:
     fingerprint: str
     """the cache's fingerprint; a shard of another cache is told by it"""
     codec: Codec
-    dtype: torch.dtype
-    """stored dtype of hidden_states before the codec"""
-    width: int
-    """``L*H``: captured layers times hidden size"""
+    states: States
+    """hidden_states before the codec"""
     captures: tuple[TokenTensor, ...] = ()
     """tensors of what else is captured, see captures.py"""
 
@@ -59,7 +61,7 @@ class ShardSchema:
     def token_tensors(self) -> tuple[TokenTensor, ...]:
         """The tensors with a row for each token, in file order."""
         tensors = [
-            *self.codec.tensors(self.dtype, self.width),
+            *self.codec.tensors(self.states),
             *self.captures,
             TokenTensor("input_ids", "I32"),
             TokenTensor("attention_mask", "U8"),
@@ -68,9 +70,25 @@ class ShardSchema:
         return tuple(sorted(tensors, key=lambda tensor: -math.gcd(tensor.row_bytes, 8)))
 
     @property
+    def has_blocks(self) -> bool:
+        """Whether a sample has, beside its rows, a run of bytes in ``BLOCKS``."""
+        return isinstance(self.codec, BlockCodec)
+
+    @property
+    def raw(self) -> ShardSchema:
+        """The same before the codec."""
+        return replace(self, codec=RawCodec())
+
+    @property
     def token_bytes(self) -> int:
-        """Bytes stored for each token."""
+        """Bytes stored for each token; without its share of the blocks."""
         return sum(tensor.row_bytes for tensor in self.token_tensors)
+
+    def head(self, num_samples: int) -> list[HeadTensor]:
+        """The tensors before those with a row a token."""
+        sizes = {"cu_seqlens": num_samples + 1, "sample_ids": num_samples, "sample_checksums": num_samples}
+        head = [HeadTensor(name, dtype, (sizes[name],)) for name, dtype in HEAD]
+        return [*head, *self.codec.head(self.states, num_samples)]
 
     def metadata(self, number: int) -> dict[str, str]:
         """``__metadata__`` of shard ``number``."""
@@ -81,12 +99,18 @@ class ShardSchema:
             "shard": str(number),
         }
 
-    def layout(self, number: int, num_samples: int, num_tokens: int) -> Container:
+    def layout(self, number: int, num_samples: int, num_tokens: int, block_bytes: int = 0) -> Container:
         """Header and places of shard ``number``; a pure function."""
-        sizes = {"cu_seqlens": num_samples + 1, "sample_ids": num_samples, "sample_checksums": num_samples}
-        head = [(name, dtype, (sizes[name],)) for name, dtype in HEAD]
-        rows = [(tensor.name, tensor.dtype, tensor.shape(num_tokens)) for tensor in self.token_tensors]
-        return plan_container(head + rows, self.metadata(number), page_aligned="hidden_states")
+        tensors = [(tensor.name, tensor.dtype, tensor.shape) for tensor in self.head(num_samples)]
+        tensors += [(tensor.name, tensor.dtype, tensor.shape(num_tokens)) for tensor in self.token_tensors]
+        if self.has_blocks:
+            return plan_container([*tensors, (BLOCKS, "U8", (block_bytes,))], self.metadata(number))
+        return plan_container(tensors, self.metadata(number), page_aligned="hidden_states")
+
+    def num_bytes(self, number: int, num_samples: int, num_tokens: int) -> int:
+        """Size of shard ``number`` as a file; where it depends on the states, the size that is to be expected."""
+        expected = round(num_tokens * self.states.row_bytes * self.codec.expected_ratio) if self.has_blocks else 0
+        return self.layout(number, num_samples, num_tokens, expected).num_bytes
 
 
 class ShardBuffer:
@@ -94,34 +118,50 @@ class ShardBuffer:
 
     def __init__(self, capacity: int, pin_memory: bool = False):
         """``capacity`` bytes: the largest shard of the plan. ``pin_memory`` makes copies from CUDA asynchronous."""
-        self._memory = torch.empty(capacity, dtype=torch.uint8, pin_memory=pin_memory)
+        self.capacity = capacity
+        self._memory = torch.empty(capacity + _ALIGNMENT, dtype=torch.uint8, pin_memory=pin_memory)
         self.container: Container | None = None
 
-    def begin(self, schema: ShardSchema, number: int, sample_ids: np.ndarray, num_tokens: np.ndarray) -> None:
-        """Lay out shard ``number`` for samples of ``num_tokens`` tokens each, and fill in all but their rows."""
+    def begin(
+        self, schema: ShardSchema, number: int, sample_ids: np.ndarray, num_tokens: np.ndarray, block_bytes: int = 0
+    ) -> None:
+        """Lay out shard ``number`` for samples of ``num_tokens`` tokens each, and fill in all but their rows.
+
+        ``block_bytes``: room for the samples' blocks, see :meth:`end_blocks`.
+        """
         self.schema, self.number = schema, number
         self.cu_seqlens = np.concatenate([[0], np.cumsum(num_tokens)]).astype(np.int64)
-        self.container = schema.layout(number, len(num_tokens), int(self.cu_seqlens[-1]))
-        self._bytes(0, len(self.container.header))[:] = np.frombuffer(self.container.header, np.uint8)
+        self.container = schema.layout(number, len(num_tokens), int(self.cu_seqlens[-1]), block_bytes)
+        # The header is kept apart: its length may change with that of the blocks. In memory, tensors are aligned as in
+        # the file.
+        self._start = len(self.container.header) % _ALIGNMENT
         self.tensor("cu_seqlens").numpy()[:] = self.cu_seqlens
         self.tensor("sample_ids").numpy()[:] = sample_ids
         self.tensor("attention_mask").fill_(1)
+
+    def end_blocks(self, block_bytes: int) -> None:
+        """Say how much of the room for blocks is used."""
+        self.container = self.schema.layout(
+            self.number, len(self.cu_seqlens) - 1, int(self.cu_seqlens[-1]), block_bytes
+        )
 
     def tensor(self, name: str) -> Tensor:
         """The named tensor of the shard being filled, in place."""
         assert self.container is not None
         place = self.container.places[name]
-        return self._memory[place.start : place.stop].view(DTYPES[place.dtype]).view(place.shape)
+        return self._slice(place.start, place.stop).view(DTYPES[place.dtype]).view(place.shape)
 
     def without(self, dropped: np.ndarray) -> ShardBuffer:
-        """A copy that leaves out the samples where bool ``dropped [n]`` is True."""
+        """A copy that leaves out the samples where bool ``dropped [n]`` is True; not for shards with blocks."""
         assert self.container is not None
         lengths, kept = np.diff(self.cu_seqlens), ~dropped
         copy = ShardBuffer(self.container.num_bytes + PAGE)
         copy.begin(self.schema, self.number, self.tensor("sample_ids").numpy()[kept], lengths[kept])
         rows = torch.from_numpy(np.repeat(kept, lengths))
-        for tensor in self.schema.token_tensors:
-            copy.tensor(tensor.name).copy_(self.tensor(tensor.name)[rows])
+        for tensor in self.schema.codec.head(self.schema.states, int(kept.sum())):
+            copy.tensor(tensor.name).copy_(self.tensor(tensor.name))
+        for row in self.schema.token_tensors:
+            copy.tensor(row.name).copy_(self.tensor(row.name)[rows])
         return copy
 
     def commit(self, path: Path) -> int:
@@ -133,18 +173,30 @@ class ShardBuffer:
         assert self.container is not None
         ids = self.tensor("sample_ids").numpy()
         views = [self._rows(self.container.places[t.name]) for t in self.schema.token_tensors]
+        bounds = [self.cu_seqlens] * len(views)
+        if self.schema.has_blocks:
+            views.append(self.tensor(BLOCKS).numpy())
+            bounds.append(self.tensor(BLOCK_STARTS).numpy())
         checksums = self.tensor("sample_checksums").numpy()
-        for i, (start, stop) in enumerate(zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)):
+        for i in range(len(ids)):
             hasher = sample_hasher(int(ids[i]))
-            for rows in views:
-                hasher.update(rows[start:stop].data)
+            for rows, bound in zip(views, bounds, strict=True):
+                hasher.update(rows[bound[i] : bound[i + 1]].data)
             checksums[i] = hasher.intdigest()
+        header = self.container.header
         with committed(path) as file:
-            write_all(file, self._bytes(0, self.container.num_bytes).data)
+            write_all(file, header)
+            write_all(file, self._bytes(len(header), self.container.num_bytes).data)
         return self.container.num_bytes
 
+    def _slice(self, start: int, stop: int) -> Tensor:
+        """The memory of file offsets ``start`` to ``stop``."""
+        assert self.container is not None
+        shift = self._start - len(self.container.header)
+        return self._memory[start + shift : stop + shift]
+
     def _bytes(self, start: int, stop: int) -> np.ndarray:
-        return self._memory[start:stop].numpy()
+        return self._slice(start, stop).numpy()
 
     def _rows(self, place: TensorPlace) -> np.ndarray:
         return self._bytes(place.start, place.stop).reshape(place.shape[0], place.row_bytes)
@@ -177,6 +229,9 @@ class ShardFile:
             self.cu_seqlens = self._array("cu_seqlens")
             self.sample_ids = self._array("sample_ids")
             self.sample_checksums = self._array("sample_checksums")
+            self.codec_head = {
+                t.name: self._array(t.name) for t in schema.codec.head(schema.states, len(self.sample_ids))
+            }
             self._check_head()
         except BaseException:
             self.close()
@@ -202,15 +257,42 @@ class ShardFile:
         """Tokens in the shard."""
         return int(self.cu_seqlens[-1])
 
+    def states_bytes(self) -> int:
+        """Bytes that stand for hidden_states: the codec's tensors with a row a token, or the blocks."""
+        names = [tensor.name for tensor in self.schema.codec.tensors(self.schema.states)]
+        return sum(self.container.places[name].num_bytes for name in (names or [BLOCKS]))
+
     def head_checksum(self) -> int:
-        """The shard's checksum: xxh3_64 over the file from its first byte to the end of sample_checksums.
+        """The shard's checksum: xxh3_64 over the file from its first byte to the end of the head.
 
         It covers the header, lengths, ids and sample checksums; those cover every other byte of the file.
         """
-        stop = self.container.places["sample_checksums"].stop
+        stop = self.container.places[self.schema.head(self.num_samples)[-1].name].stop
         data = np.empty(stop, np.uint8)
         self.read_into(0, data)
         return xxhash.xxh3_64(data.data).intdigest()
+
+    def position_at(self, row: int) -> int:
+        """Position in the shard of the sample whose first row is ``row``.
+
+        Raises:
+            CacheError: no sample begins there.
+        """
+        position = int(np.searchsorted(self.cu_seqlens, row))
+        if position >= self.num_samples or self.cu_seqlens[position] != row:
+            raise CacheError(self.where, f"no sample begins at row {row:,}")
+        return position
+
+    def block_range(self, position: int) -> tuple[int, int]:
+        """File offset and size in bytes of the blocks of the sample at ``position``."""
+        start, stop = self.codec_head[BLOCK_STARTS][position : position + 2].tolist()
+        return self.container.places[BLOCKS].start + start, stop - start
+
+    def sample_ranges(self, position: int) -> list[tuple[int, int]]:
+        """File offset and size of all that is stored of the sample at ``position``, in the checksum's order."""
+        start, stop = int(self.cu_seqlens[position]), int(self.cu_seqlens[position + 1])
+        ranges = [self.row_range(tensor.name, start, stop) for tensor in self.schema.token_tensors]
+        return [*ranges, self.block_range(position)] if self.schema.has_blocks else ranges
 
     def row_range(self, name: str, start: int, stop: int) -> tuple[int, int]:
         """File offset and size in bytes of rows ``start`` to ``stop`` of a per-token tensor."""
@@ -228,10 +310,8 @@ class ShardFile:
 
     def computed_checksum(self, position: int) -> int:
         """The checksum of the sample at ``position`` as its bytes are now; reads in chunks of 4 MiB."""
-        start, stop = int(self.cu_seqlens[position]), int(self.cu_seqlens[position + 1])
         hasher = sample_hasher(int(self.sample_ids[position]))
-        for tensor in self.schema.token_tensors:
-            offset, size = self.row_range(tensor.name, start, stop)
+        for offset, size in self.sample_ranges(position):
             for at in range(0, size, READ_CHUNK_BYTES):
                 chunk = np.empty(min(READ_CHUNK_BYTES, size - at), np.uint8)
                 self.read_into(offset + at, chunk)
@@ -242,12 +322,12 @@ class ShardFile:
         place = self.container.places[name]
         out = np.empty(place.num_bytes, np.uint8)
         self.read_into(place.start, out)
-        return out.view({"I64": "<i8", "U64": "<u8"}[place.dtype])
+        return out.view(_NUMPY[place.dtype]).reshape(place.shape)
 
     def _keep(self) -> None:
         """The head, and the few bytes a token that lie behind the states: each is one read where reads are slow."""
         places = self.container.places
-        self.source.keep(0, places["sample_checksums"].stop)
+        self.source.keep(0, places[self.schema.head(0)[-1].name].stop)
         narrow = sorted((places[name] for name in ("input_ids", "attention_mask", "loss_mask")), key=lambda p: p.start)
         start, stop = narrow[0].start, narrow[0].stop
         for place in narrow[1:]:
@@ -267,7 +347,10 @@ class ShardFile:
         ids, rows = places.get("sample_ids"), places.get("input_ids")
         if ids is None or rows is None or not ids.shape or not rows.shape:
             raise CacheError(self.where, "has no sample_ids or no input_ids")
-        if self.container.header != self.schema.layout(self.number, ids.shape[0], rows.shape[0]).header:
+        blocks = places.get(BLOCKS)
+        block_bytes = blocks.num_bytes if blocks is not None else 0
+        expected = self.schema.layout(self.number, ids.shape[0], rows.shape[0], block_bytes)
+        if self.container.header != expected.header:
             raise CacheError(self.where, "header is not the one that the format lays down for its samples and tokens")
 
     def _check_head(self) -> None:
@@ -275,3 +358,7 @@ class ShardFile:
         cu = self.cu_seqlens
         if cu[0] != 0 or cu[-1] != rows or (np.diff(cu) < 1).any() or (cu < 0).any():
             raise CacheError(self.where, f"cu_seqlens does not divide its {rows:,} tokens into samples")
+        if self.schema.has_blocks:
+            starts, size = self.codec_head[BLOCK_STARTS], self.container.places[BLOCKS].num_bytes
+            if starts[0] != 0 or starts[-1] != size or (np.diff(starts) < 1).any() or (starts < 0).any():
+                raise CacheError(self.where, f"{BLOCK_STARTS} does not divide its {size:,} bytes into samples")

@@ -103,7 +103,7 @@ class Store:
             filesystem.invalidate_cache()
             return filesystem.find(root, detail=True)
 
-        found: dict[str, Any] = self._tried("list", "", find, missing=lambda: {})
+        found: dict[str, Any] = self._tried("list", "", find, missing=dict)
         return {
             name.removeprefix(root): int(info["size"])
             for name, info in sorted(found.items())

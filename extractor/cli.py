@@ -152,7 +152,7 @@ Capture = Annotated[
         show_default=False,
     ),
 ]
-ShardSize = Annotated[str, typer.Option(help="Largest shard file.", rich_help_panel=_SIZES)]
+ShardSize = Annotated[str, typer.Option(help="Largest shard file, counted before the codec.", rich_help_panel=_SIZES)]
 BatchTokens = Annotated[
     str,
     typer.Option(
@@ -203,6 +203,14 @@ OnNonfinite = Annotated[
         rich_help_panel=_SAMPLES,
     ),
 ]
+Codec = Annotated[
+    str,
+    typer.Option(
+        help="How hidden states are stored. raw: as they are, read without a copy. zbits: lossless, about 0.67 of "
+        "bfloat16. fp8: float8 with a scale for each token and layer, 0.50 of bfloat16, SNR about 34 dB.",
+        rich_help_panel=_SIZES,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Report as JSON on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -235,6 +243,7 @@ def extract(
     too_long: TooLong = "truncate",
     min_loss_tokens: MinLossTokens = 1,
     on_nonfinite: OnNonfinite = "fail",
+    codec: Codec = "raw",
     shard_size: ShardSize = "512MiB",
     batch_tokens: BatchTokens = "8192",
     profile: Annotated[
@@ -299,6 +308,7 @@ def estimate(
     max_length: MaxLength = 4096,
     too_long: TooLong = "truncate",
     min_loss_tokens: MinLossTokens = 1,
+    codec: Codec = "raw",
     shard_size: ShardSize = "512MiB",
     batch_tokens: BatchTokens = "8192",
     as_json: Json = False,
@@ -507,6 +517,58 @@ def export(
         say(f"set in the trainer: {line}")
 
 
+@app.command()
+def recode(
+    cache: Annotated[Path, typer.Argument(help="Folder of a complete cache with codec raw or zbits.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the copy: new, or begun by the same command.")],
+    codec: Annotated[
+        str,
+        typer.Option(
+            help="raw, zbits (lossless, about 0.67 of bfloat16) or fp8 (0.50 of bfloat16, SNR about 34 dB).",
+            show_default=False,
+        ),
+    ],
+    threads: Annotated[
+        int, typer.Option(min=1, help="Shards worked on at a time; each takes memory for two shards.")
+    ] = 2,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Copy a cache with another codec, without its target; the cache itself stays as it is.
+
+    Each sample's checksum is checked as it is read. The same command again resumes. The copy is the cache that extract
+    would have made with that --codec, so the same extract command can mend it.
+
+    Example: dflash-cache recode /data/cache /data/cache-fp8 --codec fp8
+    """
+    from cache_format import FeatureCache
+    from cache_format.recode import recode as run_recode
+
+    try:
+        source = FeatureCache.open(cache, verify="sample")
+    except CacheError as error:
+        raise InputError(str(error)) from error
+    total = sum(path.stat().st_size for path in (cache / "shards").glob("*.safetensors"))
+    done = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        reporter.update(done)
+
+    with Reporter("recode", total, "bytes") as reporter:
+        report = run_recode(source, out, codec, threads=threads, progress=count)
+    if as_json:
+        _print(json.dumps(asdict(report)))
+        return
+    say(
+        f"{out}: complete, {report.shards:,} shards made, {report.done_shards:,} were there; {size(report.bytes_before)} "
+        f"-> {size(report.bytes)}, states {100 * report.ratio:.1f} % of raw"
+    )
+    if report.snr_db:
+        say(f"SNR by layer: {', '.join(f'{snr:.1f} dB' for snr in report.snr_db)}")
+
+
 def _options(arguments: dict[str, Any]) -> Any:
     """The command line as an ExtractOptions."""
     from extractor.config import (
@@ -542,7 +604,7 @@ def _options(arguments: dict[str, Any]) -> Any:
             batch_tokens=parse_batch_tokens(arguments["batch_tokens"]),
         ),
         capture=parse_captures(arguments["capture"]),
-        **taken("on_nonfinite", "profile"),
+        **taken("on_nonfinite", "profile", "codec"),
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cache_format.captures import Captures
+from cache_format.codecs import CODECS
 from cache_format.errors import InputError
 from extractor.layer_ids import default_target_layer_ids
 from extractor.plan import PlanOptions
@@ -79,12 +80,16 @@ class ExtractOptions:
     plan: PlanOptions = field(default_factory=PlanOptions)
     capture: Captures = field(default_factory=Captures)
     """beside hidden_states"""
+    codec: str = "raw"
+    """how hidden_states are stored"""
     on_nonfinite: str = "fail"
     """fail, or quarantine: leave samples with NaN or Inf out and list them"""
     profile: Path | None = None
     """where to write a Chrome trace of the run"""
 
     def __post_init__(self) -> None:
+        if self.codec not in CODECS:
+            raise InputError(f"--codec {self.codec!r}: choose one of {', '.join(CODECS)}")
         if self.on_nonfinite not in ("fail", "quarantine"):
             raise InputError(f"--on-nonfinite {self.on_nonfinite!r}: choose fail or quarantine")
         if self.profile is not None and not self.profile.absolute().parent.is_dir():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_format.codec import RawCodec
+from cache_format.codecs import CODECS, BlockCodec, States, codec_named
 from cache_format.errors import InputError
 from cache_format.manifest import torch_dtype
 from cache_format.shard import ShardSchema
@@ -45,7 +45,11 @@ class Estimate:
     capture_bytes: int
     """of these, for --capture"""
     shards: int
+    codec: str
     shard_bytes: int
+    """with that codec"""
+    codec_bytes: dict[str, int]
+    """with each codec; zbits depends on the states, so this is what bfloat16 ones usually take"""
     padding: float
     """share of computed tokens that is padding"""
     free_bytes: int
@@ -94,14 +98,14 @@ def estimate(options: ExtractOptions) -> Estimate:
     scale = 1.0 if rows is None else rows / read
     schema = ShardSchema(
         fingerprint="0" * 64,
-        codec=RawCodec(),
-        dtype=torch_dtype(dtype),
-        width=len(layer_ids) * shape.hidden_size,
+        codec=codec_named(options.codec),
+        states=States(torch_dtype(dtype), len(layer_ids), shape.hidden_size),
         captures=options.capture.tensors(torch_dtype(dtype), shape.hidden_size),
     )
     # Which samples share a batch does not change the sizes.
     plan_options = replace(options.plan, batch_tokens=options.plan.batch_tokens or DEFAULT_BATCH_TOKENS)
-    plan = Plan(np.resize(np.asarray(lengths), round(len(lengths) * scale)), schema.token_bytes, plan_options)
+    plan = Plan(np.resize(np.asarray(lengths), round(len(lengths) * scale)), schema.raw.token_bytes, plan_options)
+    codec_bytes = {name: int(plan.shard_bytes(replace(schema, codec=codec_named(name))).sum()) for name in CODECS}
     exact = rows is not None and read >= rows
     return Estimate(
         rows=rows,
@@ -112,10 +116,12 @@ def estimate(options: ExtractOptions) -> Estimate:
         dropped=dropped,
         relative_error=0.0 if exact else float(1.96 * np.std(per_row) / math.sqrt(read) / np.mean(per_row)),
         target_layer_ids=layer_ids,
-        token_bytes=schema.token_bytes,
+        token_bytes=codec_bytes[options.codec] // max(round(sum(lengths) * scale), 1),
         capture_bytes=sum(tensor.row_bytes for tensor in schema.captures),
         shards=len(plan),
-        shard_bytes=int(plan.shard_bytes(schema).sum()),
+        codec=options.codec,
+        shard_bytes=codec_bytes[options.codec],
+        codec_bytes=codec_bytes,
         padding=_padding(plan),
         free_bytes=shutil.disk_usage(_existing(options.out)).free,
     )
@@ -133,7 +139,11 @@ def describe(result: Estimate) -> str:
         ("samples", f"{result.samples:,}"),
         ("tokens", f"{result.tokens:,}{about}; {result.loss_tokens:,} learned"),
         ("shards", f"{result.shards:,}"),
-        ("size of shards", f"{size(result.shard_bytes)} ({result.token_bytes:,} B a token{captures})"),
+        (
+            "size of shards",
+            f"{size(result.shard_bytes)} with codec {result.codec} ({result.token_bytes:,} B a token{captures})",
+        ),
+        ("by codec", ", ".join(f"{name} {_about(name)}{size(value)}" for name, value in result.codec_bytes.items())),
         ("padding", f"{100 * result.padding:.1f} % of the tokens computed; none of it is stored"),
         ("free on the disk", size(result.free_bytes)),
     ]
@@ -145,6 +155,10 @@ def describe(result: Estimate) -> str:
         lines.append(("WARNING", f"too big for the disk by {size(result.shard_bytes - result.free_bytes)}"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _about(codec: str) -> str:
+    return "about " if issubclass(CODECS[codec], BlockCodec) else ""
 
 
 def _spans(num_rows: int | None) -> list[tuple[int, int]]:

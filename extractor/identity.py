@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from cache_format.codecs import codec_named
 from extractor.config import ExtractOptions
 from extractor.load_target import target_identity, tokenizer_identity
 from extractor.plan import PLAN_VERSION
 
-PACKAGES = ("dflash-cache", "torch", "transformers", "tokenizers", "safetensors", "pyarrow")
+PACKAGES = ("dflash-cache", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "zstandard")
 
 
 def inputs_identity(
@@ -31,7 +32,7 @@ def inputs_identity(
         **tokenizer_identity(tokenizer),
         "target_layer_ids": target_layer_ids,
         "dtype": dtype,
-        "codec": {"name": "raw"},
+        "codec": codec_named(options.codec).to_dict(),
         "capture": options.capture.to_dict(),
         "data.digest": data_digest,
         **asdict(options.prepare),

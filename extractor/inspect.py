@@ -28,7 +28,6 @@ def summarise(cache: Path) -> dict[str, Any]:
         finished = [cache / shard_name(number) for number in finished_shards(cache)]
         sizes = [path.stat().st_size for path in finished if path.exists()]
         summary |= {
-            "token_bytes": manifest.schema().token_bytes,
             "finished_shards": len(sizes),
             "shard_bytes": sum(sizes),
         }
@@ -57,8 +56,13 @@ def describe(summary: dict[str, Any]) -> str:
             ("samples", f"{stored:,}"),
             ("tokens", f"{totals['tokens']:,} ({totals['loss_tokens']:,} learned)"),
             ("shards", f"{summary['finished_shards']:,} of {totals['shards']:,}"),
-            ("size of shards", f"{size(summary['shard_bytes'])} ({summary['token_bytes']:,} B a token)"),
+            ("size of shards", f"{size(summary['shard_bytes'])}{_a_token(summary)}"),
         ]
+    if measured := summary["measured"]:
+        lines.append(("states", f"{100 * measured['ratio']:.1f} % of their bytes before the codec"))
+        if measured["snr_db"]:
+            by_layer = zip(summary["target_layer_ids"], measured["snr_db"], strict=True)
+            lines.append(("SNR", ", ".join(f"layer {layer}: {snr:.1f} dB" for layer, snr in by_layer)))
     if summary["quarantined"]:
         lines.append(("quarantined", f"sample_id {', '.join(map(str, summary['quarantined']))}"))
     options = {k: v for k, v in summary["identity"].items() if not isinstance(v, dict | list)}
@@ -66,3 +70,10 @@ def describe(summary: dict[str, Any]) -> str:
     lines += [(f"made with {name}", version) for name, version in summary["created_with"].items()]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _a_token(summary: dict[str, Any]) -> str:
+    """Bytes a token, once all shards are there."""
+    if summary["measured"] is None or not summary["totals"]["tokens"]:
+        return ""
+    return f" ({summary['shard_bytes'] / summary['totals']['tokens']:,.0f} B a token)"

@@ -275,7 +275,7 @@ class _Job:
         if options.batch_tokens is None:
             found = manifest.identity.get("batch_tokens", DEFAULT_BATCH_TOKENS)
             options = replace(options, batch_tokens=found)
-        return Plan(samples.num_tokens, _schema(manifest).token_bytes, options)
+        return Plan(samples.num_tokens, _schema(manifest).raw.token_bytes, options)
 
     def _sealed(self, manifest: Manifest, alone: Callable[[], bool]) -> Manifest:
         """The manifest of state complete, if this worker is the last of its job and nothing is missing."""

@@ -35,7 +35,8 @@ class PlanOptions:
     """Sizes that decide the plan; both are part of the fingerprint."""
 
     shard_bytes: int = 512 << 20
-    """a shard is cut before it would grow beyond this; a single larger sample gets a shard of its own"""
+    """a shard is cut before it would grow beyond this, its states counted before the codec; a single larger sample gets
+    a shard of its own"""
     batch_tokens: int | None = DEFAULT_BATCH_TOKENS
     """padded tokens (samples times the longest) of one forward pass; a longer sample is a batch of its own. None: as
     many as fit the device, to be found out before a plan is made"""
@@ -73,8 +74,9 @@ class ShardPlan:
 class Plan:
     """All shards of a cache; a shard's details are worked out when it is asked for."""
 
-    def __init__(self, num_tokens: np.ndarray, schema_token_bytes: int, options: PlanOptions):
-        """``num_tokens`` int ``[N]``: length of each prepared sample; ``schema_token_bytes``: stored bytes a token.
+    def __init__(self, num_tokens: np.ndarray, raw_token_bytes: int, options: PlanOptions):
+        """``num_tokens`` int ``[N]``: length of each prepared sample; ``raw_token_bytes``: stored bytes a token before
+        the codec, so that a cache and its recoded copies have the same shards.
 
         Raises:
             ValueError: ``options.batch_tokens`` is not yet a number.
@@ -84,7 +86,7 @@ class Plan:
         self.batch_tokens = options.batch_tokens
         self._num_tokens = np.asarray(num_tokens, np.int64)
         self._order = np.argsort(-self._num_tokens, kind="stable").astype(np.int64)
-        self._bounds = _cut(self._num_tokens[self._order], schema_token_bytes, options.shard_bytes - HEAD_SLACK_BYTES)
+        self._bounds = _cut(self._num_tokens[self._order], raw_token_bytes, options.shard_bytes - HEAD_SLACK_BYTES)
         self._stride = _stride(self.num_shards)
 
     @property
@@ -106,12 +108,12 @@ class Plan:
         return ShardPlan(number, ids, lengths, tuple(batches(lengths, self.batch_tokens)))
 
     def shard_bytes(self, schema: ShardSchema) -> np.ndarray:
-        """int64 ``[num_shards]``: exact file size of each shard, by number."""
+        """int64 ``[num_shards]``: file size of each shard, by number; exact but where it depends on the states."""
         ends = np.concatenate([[0], np.cumsum(self._num_tokens[self._order])])
         sizes = np.empty(self.num_shards, np.int64)
         for number in range(self.num_shards):
             low, high = self._bounds[number * self._stride % self.num_shards :][:2]
-            sizes[number] = schema.layout(number, int(high - low), int(ends[high] - ends[low])).num_bytes
+            sizes[number] = schema.num_bytes(number, int(high - low), int(ends[high] - ends[low]))
         return sizes
 
 

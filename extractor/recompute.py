@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cache_format.codecs import codec_named
 from cache_format.errors import InputError
 from cache_format.integrity import Problem
 from cache_format.manifest import Manifest, require_same_identity
@@ -59,7 +60,9 @@ def recompute(cache: Path, target_name: str, count: int, *, device: str, trust_r
     hooked = HFDFlashTargetModel(model, manifest.target_layer_ids)
     extractor = HiddenStateExtractor(hooked, manifest.identity["padding"])
     chosen = np.random.RandomState(0).permutation(len(opened))[:count]
-    tolerance, largest, problems = TOLERANCE[manifest.torch_dtype], 0.0, []
+    # Rounding and the codec's error are independent; neither makes up for the other.
+    tolerance = TOLERANCE[manifest.torch_dtype] + codec_named(manifest.codec["name"]).relative_error
+    largest, problems = 0.0, []
     for i in chosen.tolist():
         error, layer = _largest_error(opened, i, extractor)
         largest = max(largest, error)

@@ -1,13 +1,15 @@
 """Shard by shard: batches through the target, rows to their place in a shard buffer, the file written behind the next.
 
-Host memory is bounded: three shard buffers and one batch, whatever the dataset's size. While the target works on one
-shard, background threads checksum and commit those before; with all buffers busy the target waits for the disk.
+Host memory is bounded: three shard buffers and one batch, whatever the dataset's size, and with a codec that works on
+the host two more. While the target works on one shard, background threads encode, checksum and commit those before;
+with all buffers busy the target waits for the disk.
 On CUDA the rows of a batch leave on a side stream while the next batch runs.
 """
 
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -19,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache_format.codec import RawCodec
+from cache_format.codecs import RawCodec, RowCodec
+from cache_format.codecs.interface import ENERGY
+from cache_format.encode import encode_shard, room_to_encode
 from cache_format.errors import DFlashCacheError
 from cache_format.safetensors_file import DTYPES
 from cache_format.samples import PreparedSamples
@@ -65,6 +69,17 @@ class RunStats:
             setattr(self, name, max(getattr(self, name), getattr(other, name)))
 
 
+@dataclass(frozen=True, slots=True)
+class _ShardEnd:
+    """What is known of a shard once its last batch was given to the device; on the host after ``arrived``."""
+
+    nonfinite: Tensor
+    """bool ``[n, checked]``"""
+    energy: Tensor | None
+    """float64 ``[2, L]``: what a lossy codec measured"""
+    arrived: torch.cuda.Event | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardRunner:
     """Makes shards of one cache: the same plan, samples and target give the same bytes."""
@@ -78,6 +93,7 @@ class ShardRunner:
     on_nonfinite: str
     """``fail``, or ``quarantine``: leave the sample out of its shard"""
     timeline: Timeline = field(default_factory=Timeline)
+    _thread: threading.local = field(default_factory=threading.local, init=False, repr=False)
 
     def run(self, numbers: Iterable[int], report: Callable[[RunStats], None] = lambda stats: None) -> RunStats:
         """Make and commit shards ``numbers``, in that order; ``report`` is called after every batch.
@@ -91,12 +107,12 @@ class ShardRunner:
         stats, started = RunStats(), time.monotonic()
         if not numbers:
             return stats
-        largest = int(self.plan.shard_bytes(self.schema)[numbers].max())
+        largest = int(self.plan.shard_bytes(self._filled)[numbers].max())
         free: queue.SimpleQueue[ShardBuffer] = queue.SimpleQueue()
         for _ in range(min(NUM_BUFFERS, len(numbers))):
             free.put(ShardBuffer(largest, pin_memory=self.device.type == "cuda"))
         most_tokens = max(self.plan.batch_tokens, int(self.samples.num_tokens.max()))
-        rows = _DeviceRows(self.schema, self.device, most_tokens)
+        rows = _DeviceRows(self._filled, self.device, most_tokens)
         writing: deque[Future[tuple[int, float]]] = deque()
         with ThreadPoolExecutor(NUM_BUFFERS - 1, thread_name_prefix="shard-writer") as writer:
             for number in numbers:
@@ -108,9 +124,9 @@ class ShardRunner:
                 if not rows.busy():
                     stats.seconds_waiting_for_disk += time.monotonic() - waiting
                 shard = self.plan.shard(number)
-                nonfinite, arrived = self._fill(buffer, shard, rows, stats, started, report)
+                extra = self._fill(buffer, shard, rows, stats, started, report)
                 stats.shards += 1
-                writing.append(writer.submit(self._finish, buffer, shard, nonfinite, arrived, free))
+                writing.append(writer.submit(self._finish, buffer, shard, extra, free))
             waiting = time.monotonic()
             rows.synchronize()
             computed = time.monotonic()
@@ -129,10 +145,10 @@ class ShardRunner:
         stats: RunStats,
         started: float,
         report: Callable[[RunStats], None],
-    ) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Run the target over one shard; its rows, and what is not finite, are in host memory after the event."""
-        buffer.begin(self.schema, shard.number, shard.sample_ids, shard.num_tokens)
-        stored = {tensor.name: buffer.tensor(tensor.name) for tensor in self.schema.token_tensors}
+    ) -> _ShardEnd:
+        """Run the target over one shard; its rows are in host memory when what is returned has arrived."""
+        buffer.begin(self._filled, shard.number, shard.sample_ids, shard.num_tokens)
+        stored = {tensor.name: buffer.tensor(tensor.name) for tensor in self._filled.token_tensors}
         nonfinite = []
         for batch in shard.batches:
             lengths = shard.num_tokens[batch]
@@ -187,23 +203,43 @@ class ShardRunner:
         self,
         buffer: ShardBuffer,
         shard: ShardPlan,
-        nonfinite: Tensor,
-        arrived: torch.cuda.Event | None,
+        end: _ShardEnd,
         free: queue.SimpleQueue[ShardBuffer],
     ) -> tuple[int, float]:
         """Writer thread: check, commit, give the buffer back; returns the file's bytes and the seconds it took."""
-        if arrived is not None:
+        if end.arrived is not None:
             with self.timeline.span("wait for the device"):
-                arrived.synchronize()
+                end.arrived.synchronize()
         started = time.monotonic()
+        kept = buffer
+        if end.energy is not None:
+            kept.tensor(ENERGY).copy_(end.energy)
+        if end.nonfinite.any():
+            self._refuse_unless_quarantined(shard, end.nonfinite)
+            kept = kept.without(end.nonfinite.any(dim=1).numpy())
+        if self.schema.has_blocks:
+            with self.timeline.span("encode"):
+                kept = self._encoded(kept)
         with self.timeline.span("checksum and write"):
-            kept = buffer
-            if nonfinite.any():
-                self._refuse_unless_quarantined(shard, nonfinite)
-                kept = buffer.without(nonfinite.any(dim=1).numpy())
             num_bytes = kept.commit(self.cache / shard_name(shard.number))
         free.put(buffer)
         return num_bytes, time.monotonic() - started
+
+    @property
+    def _filled(self) -> ShardSchema:
+        """Of the buffers that the target fills: codecs that work on the host come after it."""
+        return self.schema.raw if self.schema.has_blocks else self.schema
+
+    def _encoded(self, filled: ShardBuffer) -> ShardBuffer:
+        """The shard under the codec, in memory that each writer thread uses again."""
+        ids, lengths = filled.tensor("sample_ids").numpy(), np.diff(filled.cu_seqlens)
+        room = room_to_encode(self.schema, filled.number, len(ids), int(filled.cu_seqlens[-1]))
+        buffer: ShardBuffer | None = getattr(self._thread, "encoded", None)
+        if buffer is None or buffer.capacity < room:
+            buffer = self._thread.encoded = ShardBuffer(room)
+        raw = {tensor.name: filled.tensor(tensor.name) for tensor in filled.schema.token_tensors}
+        encode_shard(self.schema, filled.number, ids, lengths, raw, buffer)
+        return buffer
 
     def _refuse_unless_quarantined(self, shard: ShardPlan, bad: Tensor) -> None:
         if self.on_nonfinite == "quarantine":
@@ -232,6 +268,7 @@ class _DeviceRows:
         self._turn = 0
         self._memories = [] if self._in_place else [self._memory(most_tokens) for _ in range(2 if self._stream else 1)]
         self._taken: dict[str, Tensor] = {}
+        self._energy: Tensor | None = None
 
     def take(self, places: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Where to put hidden_states ``[n, L*H]`` and the captures of a batch whose rows belong to ``places``."""
@@ -258,16 +295,17 @@ class _DeviceRows:
             self._encode(places)
         self._copied[self._turn] = self._stream.record_event()
 
-    def leave_last(self, nonfinite: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Copy ``nonfinite`` to the host behind all rows; it and they are there once the event has happened."""
+    def leave_last(self, nonfinite: Tensor) -> _ShardEnd:
+        """Copy what is known of the shard to the host, behind all its rows."""
+        energy, self._energy = self._energy, None
         if self._stream is None:
-            return nonfinite, None
+            return _ShardEnd(nonfinite, energy, None)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            host = torch.empty(nonfinite.shape, dtype=nonfinite.dtype, pin_memory=True)
-            host.copy_(nonfinite, non_blocking=True)
             nonfinite.record_stream(self._stream)
-        return host, self._stream.record_event()
+            host = _to_host(nonfinite)
+            energy = None if energy is None else _to_host(energy)
+        return _ShardEnd(host, energy, self._stream.record_event())
 
     def busy(self) -> bool:
         """Whether the device still has work that it was given."""
@@ -279,15 +317,24 @@ class _DeviceRows:
             self._stream.synchronize()
 
     def _encode(self, places: dict[str, Tensor]) -> None:
-        self._schema.codec.encode(self._taken["hidden_states"], places)
+        codec = self._schema.codec
+        assert isinstance(codec, RowCodec)
+        energy = codec.encode(self._taken["hidden_states"], places, self._schema.states)
+        if energy is not None:
+            self._energy = energy if self._energy is None else self._energy + energy
         for tensor in self._schema.captures:
             places[tensor.name].copy_(self._taken[tensor.name], non_blocking=True)
 
     def _memory(self, tokens: int) -> dict[str, Tensor]:
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        shapes["hidden_states"] = ((tokens, self._schema.width), self._schema.dtype)
+        shapes["hidden_states"] = ((tokens, self._schema.states.width), self._schema.states.dtype)
         shapes |= {tensor.name: (tensor.shape(tokens), DTYPES[tensor.dtype]) for tensor in self._schema.captures}
         return {name: torch.empty(shape, dtype=dtype, device=self._device) for name, (shape, dtype) in shapes.items()}
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def _count_written(stats: RunStats, future: Future[tuple[int, float]]) -> None:

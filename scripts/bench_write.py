@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from cache_format.codec import RawCodec
+from cache_format.codecs import RawCodec, States
 from cache_format.shard import ShardBuffer, ShardSchema
 from cache_format.storage import committed, sync_folder, write_all
 
@@ -31,7 +31,7 @@ WIDTH = 5 * 4096
 
 
 def fill(mib: int) -> ShardBuffer:
-    schema = ShardSchema(fingerprint="0" * 64, codec=RawCodec(), dtype=torch.bfloat16, width=WIDTH)
+    schema = ShardSchema(fingerprint="0" * 64, codec=RawCodec(), states=States(torch.bfloat16, 1, WIDTH))
     lengths = np.clip(np.random.default_rng(0).lognormal(6.3, 0.8, 10_000), 16, 4096).astype(np.int64)
     lengths = lengths[np.cumsum(lengths) * schema.token_bytes < mib << 20]
     buffer = ShardBuffer(schema.layout(0, len(lengths), int(lengths.sum())).num_bytes)

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_format.codec import RawCodec
+from cache_format.codecs import RawCodec, States
 from cache_format.errors import InputError
 from cache_format.shard import ShardSchema
 from extractor.plan import Plan, PlanOptions
 
-SCHEMA = ShardSchema(fingerprint="0" * 64, codec=RawCodec(), dtype=torch.bfloat16, width=5 * 64)
+SCHEMA = ShardSchema(fingerprint="0" * 64, codec=RawCodec(), states=States(torch.bfloat16, 5, 64))
 
 
 def plan_of(lengths, **options) -> Plan:
@@ -55,7 +55,7 @@ def test_the_plan_depends_on_its_arguments_alone():
 
 def test_padding_is_small_on_log_normal_lengths_even_with_few_samples_a_shard():
     lengths = np.random.default_rng(0).lognormal(6.5, 0.8, 20_000).astype(int).clip(16, 4096)
-    qwen3_8b = ShardSchema(fingerprint="0" * 64, codec=RawCodec(), dtype=torch.bfloat16, width=5 * 4096)
+    qwen3_8b = ShardSchema(fingerprint="0" * 64, codec=RawCodec(), states=States(torch.bfloat16, 5, 4096))
     plan = Plan(lengths, qwen3_8b.token_bytes, PlanOptions())
     padded = sum(shard.padded_tokens for shard in plan)
     assert 1 - lengths.sum() / padded < 0.03

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cache_format.codec import RawCodec
+from cache_format.codecs import RawCodec, States
 from cache_format.errors import CacheError
 from cache_format.shard import ShardBuffer, ShardFile, ShardSchema
 
@@ -21,7 +21,7 @@ FINGERPRINT = "ab" * 32
 
 
 def schema(dtype=torch.bfloat16, width=24) -> ShardSchema:
-    return ShardSchema(fingerprint=FINGERPRINT, codec=RawCodec(), dtype=dtype, width=width)
+    return ShardSchema(fingerprint=FINGERPRINT, codec=RawCodec(), states=States(dtype, 1, width))
 
 
 def write(path, lengths=(5, 3, 3), shard_schema=None, number=7) -> dict[str, torch.Tensor]:
@@ -31,7 +31,7 @@ def write(path, lengths=(5, 3, 3), shard_schema=None, number=7) -> dict[str, tor
     buffer = ShardBuffer(shard_schema.layout(number, len(lengths), total).num_bytes)
     buffer.begin(shard_schema, number, np.arange(len(lengths)) * 10, lengths)
     generator = torch.Generator().manual_seed(0)
-    buffer.tensor("hidden_states").copy_(torch.randn(total, shard_schema.width, generator=generator))
+    buffer.tensor("hidden_states").copy_(torch.randn(total, shard_schema.states.width, generator=generator))
     buffer.tensor("input_ids").copy_(torch.arange(total))
     buffer.tensor("loss_mask").copy_(torch.arange(total) % 2)
     assert buffer.commit(path) == path.stat().st_size
@@ -110,7 +110,7 @@ def test_checksums_cover_every_byte(tmp_path):
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        (ShardSchema(fingerprint="cd" * 32, codec=RawCodec(), dtype=torch.bfloat16, width=24), "fingerprint"),
+        (ShardSchema(fingerprint="cd" * 32, codec=RawCodec(), states=States(torch.bfloat16, 1, 24)), "fingerprint"),
         (schema(width=25), "header"),
         (schema(dtype=torch.float16), "header"),
     ],

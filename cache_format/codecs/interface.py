@@ -1,0 +1,149 @@
+"""What a codec is: hidden_states rows <-> the tensors that a shard stores for them.
+
+The manifest holds ``codec.to_dict()``; a stored name maps to a class (codecs/__init__.py). There are two kinds:
+
+- a :class:`RowCodec` stores every token on its own, in tensors with one row a token. It encodes on the device, before
+  the copy to the host, and decodes wherever its tensors are.
+- a :class:`BlockCodec` makes of each sample a run of bytes whose length depends on the content. It encodes and decodes
+  on the host.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_format.safetensors_file import DTYPES
+
+BLOCKS = "hidden_states_blocks"
+BLOCK_STARTS = "hidden_states_block_starts"
+"""U8 ``[Z]``: the encoded samples of a shard one after the other; I64 ``[n + 1]``: where each begins, then Z."""
+
+ENERGY = "hidden_states_energy"
+"""F64 ``[2, L]``, of lossy codecs: sum of squares of each layer's states in the shard, and of their errors."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTensor:
+    """A tensor of a shard with one row for each token: shape ``[T, width]``, or ``[T]`` where width is 0."""
+
+    name: str
+    dtype: str
+    """safetensors name, such as BF16"""
+    width: int = 0
+
+    def shape(self, num_tokens: int) -> tuple[int, ...]:
+        """Its shape in a shard of ``num_tokens`` tokens."""
+        return (num_tokens, self.width) if self.width else (num_tokens,)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes a token."""
+        return max(self.width, 1) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTensor:
+    """A small tensor of a shard that is read when it is opened; its bytes are a multiple of 8."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """What is encoded: hidden_states ``[T, layers * hidden_size]`` of ``dtype``."""
+
+    dtype: torch.dtype
+    layers: int
+    hidden_size: int
+
+    @property
+    def width(self) -> int:
+        """Features of a token."""
+        return self.layers * self.hidden_size
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token before the codec."""
+        return self.width * self.dtype.itemsize
+
+
+class Codec(ABC):
+    """What every codec has."""
+
+    name: ClassVar[str]
+    """in the manifest and of ``--codec``"""
+    lossless: ClassVar[bool]
+    expected_ratio: ClassVar[float]
+    """stored bytes over bytes before, for estimates where it depends on the content"""
+    relative_error: ClassVar[float] = 0.0
+    """bound of RMS(decoded - original) / RMS(original) of a layer, beside the rounding to the stored dtype"""
+
+    def tensors(self, states: States) -> tuple[TokenTensor, ...]:
+        """The tensors with a row for each token that stand for hidden_states."""
+        return ()
+
+    def head(self, states: States, num_samples: int) -> tuple[HeadTensor, ...]:
+        """What a shard needs beside, to be decoded or to be understood."""
+        return ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"name": self.name}
+
+
+class RowCodec(Codec):
+    """A codec that stores every token on its own."""
+
+    @abstractmethod
+    def encode(self, rows: Tensor, stored: Mapping[str, Tensor], states: States) -> Tensor | None:
+        """Write ``rows [n, L*H]`` into the tensors named by ``tensors``, without waiting for the device.
+
+        Returns:
+            float64 ``[2, L]`` on the rows' device: each layer's energy and that of its error; None where lossless.
+        """
+
+    @abstractmethod
+    def decode(self, stored: Mapping[str, Tensor], states: States) -> Tensor:
+        """The rows ``[..., L*H]`` of tensors with any leading dimensions, on their device."""
+
+    def decode_into(self, stored: Mapping[str, Tensor], out: Tensor, states: States) -> None:
+        """The same on the host, into ``out [n, L*H]``."""
+        out.copy_(self.decode(stored, states))
+
+
+class BlockCodec(Codec):
+    """A codec that makes of each sample a run of bytes."""
+
+    @abstractmethod
+    def shared(self, rows: np.ndarray, states: States) -> dict[str, np.ndarray]:
+        """The head tensors (but ``BLOCK_STARTS``) that the samples of a shard, ``rows [T, L*H]``, share.
+
+        ``rows`` and those of the other methods are the elements' bits: uint16 or uint32.
+        """
+
+    @abstractmethod
+    def most_bytes(self, num_tokens: int, states: States) -> int:
+        """No sample of ``num_tokens`` tokens takes more than that."""
+
+    @abstractmethod
+    def encode_sample(self, rows: np.ndarray, shared: Mapping[str, np.ndarray], out: np.ndarray) -> int:
+        """Write a sample's ``rows [n, L*H]`` into ``out`` (uint8); returns how many bytes it took. Deterministic."""
+
+    @abstractmethod
+    def decode_sample(
+        self, stored: np.ndarray, shared: Mapping[str, np.ndarray], num_tokens: int, out: np.ndarray
+    ) -> None:
+        """Decode the first ``len(out)`` rows of a sample of ``num_tokens`` tokens into ``out [m, L*H]``.
+
+        Raises:
+            ValueError: ``stored`` (uint8) is not what :meth:`encode_sample` gives.
+        """
