@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,9 +40,9 @@ def shard_name(number: int) -> str:
     return f"shards/shard-{number:05d}.safetensors"
 
 
-def finished_shards(cache: Path) -> list[int]:
-    """Numbers of the shard files that are in the cache, in order."""
-    numbers = (re.fullmatch(r"shard-(\d{5,12})\.safetensors", path.name) for path in (cache / "shards").glob("*"))
+def finished_shards(names: Iterable[str]) -> list[int]:
+    """Numbers of the shards among ``names``, the files in shards/, in order."""
+    numbers = (re.fullmatch(r"shard-(\d{5,12})\.safetensors", name) for name in names)
     return sorted(int(match[1]) for match in numbers if match)
 
 
