@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from cache_format.index import INDEX_NAME, SHARDS_NAME, Index, read_index, read_
 from cache_format.loader import CacheLoader, LoaderOptions, default_rank
 from cache_format.manifest import Manifest
 from cache_format.packing import with_documents
+from cache_format.read_ahead import Turn, reading_ahead
 from cache_format.safetensors_file import DTYPES
 from cache_format.shard import ShardFile, finished_shards, sample_hasher, shard_name
 from cache_format.store import is_url
@@ -412,9 +413,18 @@ class FeatureCache(Dataset):
 
     def read_ahead(self, number: int) -> None:
         """Have shard ``number`` in ``cache_dir``, to be read soon; an error shows when it is read."""
-        if isinstance(self.folder, StoreFolder) and self.folder.shards is not None:
-            with suppress(CacheError, StorageError):
-                self._source(number).close()
+        with suppress(CacheError, StorageError):
+            self._source(number).close()
+
+    def fetching_ahead(self, turns: Iterator[Turn], window_shards: int) -> Iterator[Turn]:
+        """A loader's ``turns``; with ``cache_dir`` the shards of later ones are downloaded meanwhile."""
+        kept = self.folder.shards if isinstance(self.folder, StoreFolder) else None
+        if kept is None or self._shards.bytes is None:
+            return turns
+        most = window_shards
+        if kept.limit is not None:
+            most = max(1, min(most, kept.limit // int(self._shards.bytes.max(initial=1)) - window_shards))
+        return reading_ahead(turns, self.index.shard, self.read_ahead, most)
 
 
 @dataclass(frozen=True)
