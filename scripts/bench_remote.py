@@ -3,9 +3,9 @@
     python scripts/bench_remote.py [--url s3://bucket/cache] [--megabytes 1024] [--rounds 5]
 
 Without --url a synthetic cache is put on an S3 server started here (moto's, in Python: it is the bottleneck, and it
-takes one of the machine's cores). Each round reads every shard once: with fsspec's own ``get`` of all shards into files;
-through ``cache.loader(shuffle="window")`` with an empty ``cache_dir`` (downloaded ahead, each sample's checksum
-compared, batches padded); and by range. GB/s of shard bytes; the last line is the ratio of the medians.
+takes one of the machine's cores). Each round reads every shard once: with fsspec's own ``get`` of all shards; through
+``cache.loader(shuffle="window")`` with an empty ``cache_dir`` (downloaded ahead, each sample's checksum compared,
+batches padded); and by range. GB/s of shard bytes; the last lines are the ratios of the medians.
 """
 
 from __future__ import annotations
