@@ -561,10 +561,8 @@ def recode(
     if as_json:
         _print(json.dumps(asdict(report)))
         return
-    say(
-        f"{out}: complete, {report.shards:,} shards made, {report.done_shards:,} were there; {size(report.bytes_before)} "
-        f"-> {size(report.bytes)}, states {100 * report.ratio:.1f} % of raw"
-    )
+    say(f"{out}: complete, {report.shards:,} shards made, {report.done_shards:,} were there")
+    say(f"{size(report.bytes_before)} -> {size(report.bytes)}; states {100 * report.ratio:.1f} % of raw")
     if report.snr_db:
         say(f"SNR by layer: {', '.join(f'{snr:.1f} dB' for snr in report.snr_db)}")
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cache_format.codecs import RawCodec, RowCodec
 from cache_format.codecs.interface import ENERGY
-from cache_format.encode import encode_shard, room_to_encode
+from cache_format.encode import encode_buffer
 from cache_format.errors import DFlashCacheError
 from cache_format.safetensors_file import DTYPES
 from cache_format.samples import PreparedSamples
@@ -219,7 +219,8 @@ class ShardRunner:
             kept = kept.without(end.nonfinite.any(dim=1).numpy())
         if self.schema.has_blocks:
             with self.timeline.span("encode"):
-                kept = self._encoded(kept)
+                # Memory that each writer thread uses again.
+                kept = self._thread.encoded = encode_buffer(kept, self.schema, getattr(self._thread, "encoded", None))
         with self.timeline.span("checksum and write"):
             num_bytes = kept.commit(self.cache / shard_name(shard.number))
         free.put(buffer)
@@ -229,17 +230,6 @@ class ShardRunner:
     def _filled(self) -> ShardSchema:
         """Of the buffers that the target fills: codecs that work on the host come after it."""
         return self.schema.raw if self.schema.has_blocks else self.schema
-
-    def _encoded(self, filled: ShardBuffer) -> ShardBuffer:
-        """The shard under the codec, in memory that each writer thread uses again."""
-        ids, lengths = filled.tensor("sample_ids").numpy(), np.diff(filled.cu_seqlens)
-        room = room_to_encode(self.schema, filled.number, len(ids), int(filled.cu_seqlens[-1]))
-        buffer: ShardBuffer | None = getattr(self._thread, "encoded", None)
-        if buffer is None or buffer.capacity < room:
-            buffer = self._thread.encoded = ShardBuffer(room)
-        raw = {tensor.name: filled.tensor(tensor.name) for tensor in filled.schema.token_tensors}
-        encode_shard(self.schema, filled.number, ids, lengths, raw, buffer)
-        return buffer
 
     def _refuse_unless_quarantined(self, shard: ShardPlan, bad: Tensor) -> None:
         if self.on_nonfinite == "quarantine":

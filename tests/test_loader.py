@@ -208,7 +208,7 @@ def test_verify_sample_works_in_the_loader(tmp_path):
     assert sum(len(b.input_ids) for b in cache.loader(4)) == len(LENGTHS)
     shard, start, _ = cache._locate(8)
     offset, _ = shard.file.row_range("hidden_states", start + 39, start + 40)
-    with open(shard.file.path, "r+b") as file:
+    with open(shard.file.where, "r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]
         file.seek(offset)
