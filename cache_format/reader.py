@@ -153,7 +153,7 @@ class FeatureCache(Dataset):
         stored = {t.name: shard.view(t.name, start, stop) for t in self._schema.token_tensors}
         if self._options["verify"]:
             bytes_ = [stored[t.name].reshape(-1).view(torch.uint8).numpy() for t in self._schema.token_tensors]
-            self._check_sample(i, bytes_)
+            self._check_piece(Piece(i, shard.file, start, stop - start, 0, 0), bytes_)
         return DFlashTargetBatch(
             hidden_states=stored["hidden_states"].unsqueeze(0),
             input_ids=stored["input_ids"].to(torch.int64).unsqueeze(0),
@@ -323,26 +323,24 @@ class FeatureCache(Dataset):
         return length if max_length is None else min(length, max_length)
 
     def _check_piece(self, piece: Piece, stored: Sequence[np.ndarray]) -> None:
-        """Check a sample as it was read; one that was cut is read again as a whole."""
-        if piece.length < int(self.index.num_tokens[piece.sample]):
-            self[piece.sample]
-        else:
-            self._check_sample(piece.sample, stored)
-
-    def _check_sample(self, i: int, stored: Sequence[np.ndarray]) -> None:
-        """Compare sample i's checksum with that of its stored bytes, tensor by tensor in file order.
+        """Check a sample as it was read; one that was cut is read again as a whole.
 
         Raises:
-            CacheError: they differ.
+            CacheError: its checksum is not that of the index.
         """
-        hasher = sample_hasher(int(self.index.sample_id[i]))
-        for data in stored:
-            hasher.update(data.data)
-        if hasher.intdigest() != int(self.index.checksum[i]):
+        if piece.length < int(self.index.num_tokens[piece.sample]):
+            found = piece.shard.computed_checksum(piece.shard.position_at(piece.start))
+        else:
+            hasher = sample_hasher(int(self.index.sample_id[piece.sample]))
+            for data in stored:
+                hasher.update(data.data)
+            found = hasher.intdigest()
+        if found != int(self.index.checksum[piece.sample]):
+            sample_id, number = int(self.index.sample_id[piece.sample]), int(self.index.shard[piece.sample])
             raise CacheError(
-                self.path / shard_name(int(self.index.shard[i])),
-                f"sample {self.index.sample_id[i]} does not match its checksum; to mend it run `dflash-cache repair "
-                f"{self.path}`, then the cache's extract command",
+                self.path / shard_name(number),
+                f"sample {sample_id} does not match its checksum; to mend it run `dflash-cache repair {self.path}`, "
+                "then the cache's extract command",
             )
 
     def _locate(self, i: int) -> tuple[_MappedShard, int, int]:
