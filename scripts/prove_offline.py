@@ -147,8 +147,8 @@ def command(*arguments: object) -> None:
     subprocess.run([str(argument) for argument in arguments], check=True)
 
 
-def prepare(args: argparse.Namespace) -> None:
-    """Data, target and two caches, as far as they are not there yet."""
+def prepare_target(args: argparse.Namespace) -> None:
+    """Chat data and a target trained on it, as far as they are not there yet."""
     scripts = Path(__file__).parent
     args.out.mkdir(parents=True, exist_ok=True)
     train_rows, held_rows = args.out / "train.jsonl", args.out / "held-out.jsonl"
@@ -160,11 +160,14 @@ def prepare(args: argparse.Namespace) -> None:
     if not (args.out / "target" / "model.safetensors").exists():
         options = ["--data", train_rows, "--held-out", held_rows, "--steps", args.target_steps]
         command(sys.executable, scripts / "train_tiny_target.py", "--out", args.out / "target", *options)
-    job = ["--target", args.out / "target", "--data", train_rows, "--num-draft-layers", 3, "--max-length", 256]
-    job += ["--min-loss-tokens", 16, "--device", "cpu"]
-    for name, tokens in (("cache", 8192), ("cache-of-single-samples", 1)):
-        out = ["--out", args.out / name, "--batch-tokens", tokens]
-        command(sys.executable, "-m", "extractor", "extract", *job, *out)
+
+
+def extract(args: argparse.Namespace, name: str, *options: object) -> FeatureCache:
+    """The cache of that name, made by the command as far as it is not there yet."""
+    job = ["--target", args.out / "target", "--data", args.out / "train.jsonl", "--num-draft-layers", 3]
+    job += ["--max-length", 256, "--min-loss-tokens", 16, "--device", "cpu"]
+    command(sys.executable, "-m", "extractor", "extract", *job, "--out", args.out / name, *options)
+    return FeatureCache.open(args.out / name)
 
 
 def held_out_prompts(args: argparse.Namespace) -> list[list[int]]:
@@ -194,10 +197,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    prepare(args)
+    prepare_target(args)
+    cache = extract(args, "cache")
+    single = extract(args, "cache-of-single-samples", "--batch-tokens", 1)
     from transformers import AutoModelForCausalLM
 
-    cache, single = FeatureCache.open(args.out / "cache"), FeatureCache.open(args.out / "cache-of-single-samples")
     model = AutoModelForCausalLM.from_pretrained(args.out / "target", dtype=torch.float32)
     target = HFDFlashTargetModel(model, cache.target_layer_ids, capture_logits=True)
     equal = both_ways(single, target, orders(len(single), 1, args.equal_steps, args.seed), args.seed)
