@@ -115,9 +115,8 @@ def measure(name: str, rows: torch.Tensor, states: States, rounds: int) -> None:
             times.setdefault((codec, "decode"), []).append(seconds(trial.decode))
         times.setdefault(("copy", ""), []).append(seconds(partial(trials["raw"].out.copy_, rows)))
     copy = rows.nbytes / statistics.median(times["copy", ""]) / 1e9
-    print(
-        f"\n{name}: {len(rows):,} tokens, {states.layers} x {states.hidden_size}, {rows.nbytes / 1e6:,.0f} MB; copy {copy:.2f} GB/s"
-    )
+    what = f"{len(rows):,} tokens, {states.layers} x {states.hidden_size}, {rows.nbytes / 1e6:,.0f} MB"
+    print(f"\n{name}: {what}; copy {copy:.2f} GB/s")
     print(f"  {'codec':6} {'ratio':>7} {'encode':>8} {'decode':>8}  {'largest':>9} {'mean':>9}  SNR of layers")
     for codec, trial in trials.items():
         speed = [rows.nbytes / statistics.median(times[codec, what]) / 1e9 for what in ("encode", "decode")]
