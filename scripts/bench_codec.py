@@ -2,8 +2,8 @@
 
     python scripts/bench_codec.py --out .codecs      # keeps the trained target there; a second run uses it again
 
-Part 1, one core: torch is held to one thread, and what is counted is processor time, so other work on the machine counts
-little. Median of the rounds, codecs taking turns in each; `copy` is a memcpy of the states, the physical limit:
+Part 1, one core: torch is held to one thread, and what is counted is processor time, so that other work on the machine
+counts little. Median of the rounds, codecs taking turns in each; `copy` is a memcpy of the states, the physical limit:
   ratio      bytes that stand for hidden_states over their bytes before
   encode, decode   GB/s of the states before the codec; decode goes into a batch's memory, as the loader's threads do it
   error      largest and mean |decoded - original|, as a share of the layer's RMS; SNR of the worst and the best layer
