@@ -24,7 +24,7 @@ from cache_format.repair import LATER_IDENTITY, QUARANTINE_NAME
 from cache_format.samples import PreparedSamples, part_path
 from cache_format.seal import describe_files, seal
 from cache_format.shard import ShardSchema, shard_name
-from cache_format.storage import make_folder, remove_temporaries
+from cache_format.storage import inside, make_folder, remove_temporaries
 from extractor.batch_budget import find_batch_tokens
 from extractor.config import ExtractOptions
 from extractor.dataset import open_source
@@ -145,7 +145,8 @@ class _Job:
 
     def clear(self) -> None:
         """Make the folders, and remove what killed processes left half-written; before any other worker is there."""
-        for folder in (self.out, self.out / "samples", self.out / "shards", self.out / "target"):
+        # Checked before anything is made or removed: a link would lead both out of the cache.
+        for folder in (self.out, *(inside(self.out, name) for name in ("samples", "shards", "target"))):
             make_folder(folder)
             remove_temporaries(folder)
 
