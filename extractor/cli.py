@@ -371,7 +371,7 @@ def verify(
         raise InputError("--recompute needs --target, the target that the cache was made with")
     started = time.monotonic()
     with _or_could_not_run():
-        total = sum(path.stat().st_size for path in (cache / "shards").glob("*.safetensors"))
+        total = sum(path.lstat().st_size for path in (cache / "shards").glob("*.safetensors"))
         if not quick:
             say(f"verify: reading all of {size(total)}; from a disk that gives 1 GB/s, {duration(total / 1e9)}")
         with Reporter("verify", total, "bytes") as reporter:

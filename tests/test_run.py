@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +33,11 @@ class RunsOutOfMemory:
             forward(extractor, input_ids, lengths, out, extra)
 
         monkeypatch.setattr(HiddenStateExtractor, "forward", failing)
+
+
+CAN_COMPILE = (
+    any(map(shutil.which, ("c++", "g++", "clang++"))) and Path(sysconfig.get_path("include"), "Python.h").exists()
+)
 
 
 def test_a_batch_that_did_not_fit_is_tried_again_and_gives_the_same_bytes(job, made, cli, tmp_path, monkeypatch):
@@ -98,6 +106,7 @@ def test_deterministic_gives_the_same_bits_twice(job, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not CAN_COMPILE, reason="torch.compile needs a C++ compiler and Python's headers")
 def test_compiled_layers_give_the_same_states_but_for_rounding(job, made, cli, tmp_path):
     code, _, errors = cli("extract", *job, "--out", tmp_path / "cache", "--compile", "--limit", "20")
     assert code == 0, errors
