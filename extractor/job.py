@@ -332,7 +332,16 @@ class _Job:
         target = HFDFlashTargetModel(model, self.layer_ids)
         if options.compile:
             target.compile()
-        mode = padding_mode(target, longest=int(samples.num_tokens.max()))
+        try:
+            mode = padding_mode(target, longest=int(samples.num_tokens.max()))
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            raise InputError(
+                f"--compile: torch cannot compile this target here: {str(error).splitlines()[0]}. Install what is "
+                "missing (Debian: apt-get install g++ python3-dev) and run the same command again, or begin another cache "
+                "without --compile"
+            ) from error
         attention = getattr(model.config, "_attn_implementation", None) or "eager"
         extractor = HiddenStateExtractor(target, mode, self.options.capture)
         return target, extractor, {"attn_implementation": attention, "padding": mode}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -115,3 +116,14 @@ def test_compiled_layers_give_the_same_states_but_for_rounding(job, made, cli, t
         a, b = compiled[i].hidden_states, plain[i].hidden_states
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
     assert compiled.manifest.fingerprint != plain.manifest.fingerprint
+
+
+@pytest.mark.slow
+def test_a_machine_that_cannot_compile_is_told_so(job, tmp_path):
+    (tmp_path / "bin").mkdir()
+    environment = {**os.environ, "PATH": str(tmp_path / "bin"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels")}
+    environment.pop("CXX", None)
+    command = [sys.executable, "-m", "extractor", "extract", *job, "--out", tmp_path / "cache", "--compile"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (result.returncode, "Traceback" in result.stderr) == (2, False), result.stderr
+    assert "--compile: torch cannot compile this target here" in result.stderr
