@@ -339,8 +339,8 @@ class _Job:
                 raise
             raise InputError(
                 f"--compile: torch cannot compile this target here: {str(error).splitlines()[0]}. Install what is "
-                "missing (Debian: apt-get install g++ python3-dev) and run the same command again, or begin another cache "
-                "without --compile"
+                "missing (Debian: apt-get install g++ python3-dev) and run the same command again, or begin another "
+                "cache without --compile"
             ) from error
         attention = getattr(model.config, "_attn_implementation", None) or "eager"
         extractor = HiddenStateExtractor(target, mode, self.options.capture)
