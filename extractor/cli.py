@@ -12,6 +12,8 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -372,16 +374,17 @@ def verify(
     By default every byte is read and checked, so it takes as long as reading the cache (the estimate is shown). Lists
     every problem it finds. Exit code 0: whole; 1: damaged or unfinished; 2: could not run.
     """
+    from cache_format.integrity import PROVES
     from cache_format.integrity import verify as run_verify
 
     if recompute and not target:
         raise InputError("--recompute needs --target, the target that the cache was made with")
     started = time.monotonic()
-    total = sum(path.stat().st_size for path in (cache / "shards").glob("*.safetensors"))
-    if not quick:
-        say(f"verify: reading all of {size(total)}")
-    with Reporter("verify", total, "bytes") as reporter:
-        try:
+    with _or_could_not_run():
+        total = sum(path.lstat().st_size for path in (cache / "shards").glob("*.safetensors"))
+        if not quick:
+            say(f"verify: reading all of {size(total)}; from a disk that gives 1 GB/s, {duration(total / 1e9)}")
+        with Reporter("verify", total, "bytes") as reporter:
             report = run_verify(
                 cache,
                 quick=quick,
@@ -389,18 +392,17 @@ def verify(
                     done, f"{done / max(time.monotonic() - started, 1e-9) / 1e9:.2f} GB/s"
                 ),
             )
-        except CacheError as error:
-            raise InputError(str(error)) from error
     seconds = max(time.monotonic() - started, 1e-9)
     again = None
     if recompute and target and report.whole:
         from extractor.recompute import recompute as run_recompute
 
+        say(f"recompute: loading the target, then {recompute:,} forward passes of a sample each")
         again = run_recompute(cache, target, recompute, device=device, trust_remote_code=trust_remote_code)
         report.problems += again.problems
     if as_json:
         extra = {} if again is None else {"recompute": asdict(again)}
-        _print(json.dumps({**asdict(report), "whole": report.whole, **extra}))
+        _print(json.dumps({**asdict(report), "whole": report.whole, "proves": PROVES[report.depth], **extra}))
     else:
         for problem in report.problems:
             _print(problem)
@@ -409,8 +411,12 @@ def verify(
         _print(
             f"{cache}: {verdict} ({report.depth} check: {report.shards:,} shards, {report.samples:,} samples{speed})"
         )
+        if report.whole:
+            _print(f"this proves: {PROVES[report.depth]}")
         if again is not None:
             _print(f"recomputed {again.samples:,} samples: off by at most {again.largest_error:.2g} of a layer's RMS")
+            if report.whole:
+                _print("this proves: their states belong to their tokens and to that target")
         elif recompute:
             _print("nothing was recomputed: first mend what is listed above")
         if not report.whole:
@@ -437,12 +443,10 @@ def repair(
     from cache_format.repair import plan_repair
     from cache_format.repair import repair as run_repair
 
-    with Reporter("verify", None, "bytes") as reporter:
-        try:
+    with _or_could_not_run():
+        with Reporter("verify", None, "bytes") as reporter:
             report = run_verify(cache, progress=reporter.update)
-        except CacheError as error:
-            raise InputError(str(error)) from error
-    plan = plan_repair(cache, report.problems)
+        plan = plan_repair(cache, report.problems)
     if as_json:
         _print(json.dumps({**asdict(report), "plan": asdict(plan), "dry_run": dry_run}))
     else:
@@ -493,10 +497,8 @@ def export(
 
     if to not in LAYOUTS:
         raise InputError(f"--to {to}: choose one of {', '.join(LAYOUTS)}")
-    try:
+    with _or_could_not_run():
         source = FeatureCache.open(cache, verify="sample")
-    except CacheError as error:
-        raise InputError(str(error)) from error
     plan = plan_export(source, LAYOUTS[to], out)
     done = f", {plan.done_files:,} of them done" if plan.done_files else ""
     say(f"{out}: {plan.files:,} files, {size(plan.bytes)}{done}; {size(plan.free_bytes)} free. Reader: {plan.reader}")
@@ -604,6 +606,17 @@ def _options(arguments: dict[str, Any]) -> Any:
         capture=parse_captures(arguments["capture"]),
         **taken("on_nonfinite", "profile", "codec"),
     )
+
+
+@contextmanager
+def _or_could_not_run() -> Iterator[None]:
+    """Exit code 2 where a cache cannot be looked at, so that 1 means that it was looked at and is damaged."""
+    try:
+        yield
+    except (CacheError, StorageError) as error:
+        raise InputError(str(error)) from error
+    except OSError as error:
+        raise InputError(str(StorageError(error.filename or "the cache", "read", error))) from error
 
 
 def _print(text: object) -> None:

@@ -24,7 +24,7 @@ from cache_format.repair import LATER_IDENTITY, QUARANTINE_NAME
 from cache_format.samples import PreparedSamples, part_path
 from cache_format.seal import describe_files, seal
 from cache_format.shard import ShardSchema, shard_name
-from cache_format.storage import make_folder, remove_temporaries
+from cache_format.storage import inside, make_folder, remove_temporaries
 from extractor.batch_budget import find_batch_tokens
 from extractor.config import ExtractOptions
 from extractor.dataset import open_source
@@ -145,7 +145,8 @@ class _Job:
 
     def clear(self) -> None:
         """Make the folders, and remove what killed processes left half-written; before any other worker is there."""
-        for folder in (self.out, self.out / "samples", self.out / "shards", self.out / "target"):
+        # Checked before anything is made or removed: a link would lead both out of the cache.
+        for folder in (self.out, *(inside(self.out, name) for name in ("samples", "shards", "target"))):
             make_folder(folder)
             remove_temporaries(folder)
 
@@ -331,7 +332,16 @@ class _Job:
         target = HFDFlashTargetModel(model, self.layer_ids)
         if options.compile:
             target.compile()
-        mode = padding_mode(target, longest=int(samples.num_tokens.max()))
+        try:
+            mode = padding_mode(target, longest=int(samples.num_tokens.max()))
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            raise InputError(
+                f"--compile: torch cannot compile this target here: {str(error).splitlines()[0]}. Install what is "
+                "missing (Debian: apt-get install g++ python3-dev) and run the same command again, or begin another "
+                "cache without --compile"
+            ) from error
         attention = getattr(model.config, "_attn_implementation", None) or "eager"
         extractor = HiddenStateExtractor(target, mode, self.options.capture)
         return target, extractor, {"attn_implementation": attention, "padding": mode}
