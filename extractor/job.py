@@ -29,7 +29,7 @@ from extractor.batch_budget import find_batch_tokens
 from extractor.config import ExtractOptions
 from extractor.dataset import open_source
 from extractor.deterministic import be_deterministic
-from extractor.engine.tensor_parallel import Group, load_target_part, whole_embeddings
+from extractor.engine.tensor_parallel import Group, load_target_part, require_plan, whole_embeddings
 from extractor.engine.worker import Worker
 from extractor.forward import HiddenStateExtractor, padding_mode
 from extractor.identity import inputs_identity, other_software, software
@@ -123,6 +123,8 @@ class _Job:
         self.dtype = resolve_dtype(target.dtype, self.device)
         self.config = load_config(target.name, target.revision, target.trust_remote_code)
         self.shape = TargetShape.from_config(self.config)
+        if target.tp_plan:
+            require_plan(self.config)
         self.layer_ids = target.layer_ids(self.shape.num_hidden_layers)
         self.tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
         self.source = open_source(options.data, options.prepare.limit)

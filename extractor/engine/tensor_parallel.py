@@ -48,6 +48,21 @@ def world_size() -> int:
     return size
 
 
+def require_plan(config: Any) -> None:
+    """Refuse a target that transformers cannot divide so, before anything is begun.
+
+    Raises:
+        InputError: no plan for its architecture, or attention heads that do not divide by the number of processes.
+    """
+    text, size = config.get_text_config(), world_size()
+    if not getattr(text, "base_model_tp_plan", None):
+        raise InputError(f"--tp-plan: transformers has none for {config.model_type}; try --device-map auto")
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(text, name, None)
+        if heads and heads % size:
+            raise InputError(f"--tp-plan: {size} processes do not divide the target's {heads} {name}")
+
+
 class Group:
     """The processes that share one target; everything sent goes from rank 0 to all."""
 
