@@ -181,6 +181,15 @@ DeviceMap = Annotated[
         show_default=False,
     ),
 ]
+TpPlan = Annotated[
+    str | None,
+    typer.Option(
+        help="auto: divide each layer of a target that is too large for one device over all processes of torchrun "
+        "(tensor parallelism); the states round differently.",
+        rich_help_panel=_TARGET,
+        show_default=False,
+    ),
+]
 Compile = Annotated[
     bool,
     typer.Option(
@@ -229,6 +238,7 @@ def extract(
     device: Device = "auto",
     devices: Devices = None,
     device_map: DeviceMap = None,
+    tp_plan: TpPlan = None,
     attn_implementation: Attention = None,
     compile: Compile = False,
     deterministic: Deterministic = False,
@@ -264,6 +274,15 @@ def extract(
     from extractor.job import extract as run_extract
 
     options, worker = _options(locals()), Worker.from_environment()
+    if tp_plan is not None and devices is not None:
+        raise InputError("--devices runs a whole target on each device, --tp-plan divides one over all; give one")
+    if tp_plan is not None and worker.rank > 0:
+        from extractor.engine.tensor_parallel import follow
+
+        follow(options)
+        return
+    if tp_plan is not None:
+        worker = Worker(local_rank=worker.local_rank)
     if devices is not None and worker.world_size > 1:
         raise InputError("--devices starts workers of its own; leave it out under torchrun or srun")
     report = extract_on(parse_devices(devices), options) if devices is not None else run_extract(options, worker)
@@ -593,7 +612,7 @@ def _options(arguments: dict[str, Any]) -> Any:
             name=arguments["target"],
             target_layer_ids=None if layers is None else tuple(parse_layer_ids(layers)),
             **taken("num_draft_layers", "dtype", "device", "attn_implementation", "revision", "trust_remote_code"),
-            **taken("device_map", "compile", "deterministic"),
+            **taken("device_map", "tp_plan", "compile", "deterministic"),
         ),
         data=DataOptions(name=arguments["data"], **taken("split", "data_revision", "streaming")),
         prepare=PrepareOptions(

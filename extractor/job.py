@@ -29,6 +29,7 @@ from extractor.batch_budget import find_batch_tokens
 from extractor.config import ExtractOptions
 from extractor.dataset import open_source
 from extractor.deterministic import be_deterministic
+from extractor.engine.tensor_parallel import Group, load_target_part, require_plan, whole_embeddings
 from extractor.engine.worker import Worker
 from extractor.forward import HiddenStateExtractor, padding_mode
 from extractor.identity import inputs_identity, other_software, software
@@ -94,8 +95,13 @@ def extract(
     if stored is not None:
         job.require_same_inputs(stored)
     make_folder(options.out)
+    if options.target.tp_plan:
+        job.group = Group(job.device)
     with writing(options.out, job.worker.job, first=job.clear) as alone:
-        return job.run(alone)
+        report = job.run(alone)
+    if job.group is not None:
+        job.group.stop()
+    return report
 
 
 class _Job:
@@ -117,9 +123,13 @@ class _Job:
         self.dtype = resolve_dtype(target.dtype, self.device)
         self.config = load_config(target.name, target.revision, target.trust_remote_code)
         self.shape = TargetShape.from_config(self.config)
+        if target.tp_plan:
+            require_plan(self.config)
         self.layer_ids = target.layer_ids(self.shape.num_hidden_layers)
         self.tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
         self.source = open_source(options.data, options.prepare.limit)
+        self.group: Group | None = None
+        """the processes that the target is divided over, with --tp-plan; joined once there may be something to do"""
         self.identity = inputs_identity(
             options,
             config=self.config,
@@ -241,7 +251,7 @@ class _Job:
         require_space(self.out, int(sizes[absent].sum()) + embeddings)
         stats = RunStats()
         if absent or manifest.state == "preparing":
-            target, extractor, decided = self._load(samples)
+            extractor, decided = self._load(samples)
             if manifest.state == "preparing":
                 if self.options.plan.batch_tokens is None and "batch_tokens" not in manifest.identity:
                     found = find_batch_tokens(
@@ -249,7 +259,7 @@ class _Job:
                     )
                     self.say(f"--batch-tokens auto: {found:,}")
                     decided["batch_tokens"] = found
-                manifest = self._planned(manifest, samples, plan, target, decided)
+                manifest = self._planned(manifest, samples, plan, decided)
                 manifest.write(self.out)
                 plan = self._plan(manifest, samples)
             require_same_identity(self.out, manifest.identity, {**manifest.identity, **decided})
@@ -314,22 +324,28 @@ class _Job:
         )
         return samples
 
-    def _load(self, samples: PreparedSamples) -> tuple[HFDFlashTargetModel, HiddenStateExtractor, dict[str, Any]]:
+    def _load(self, samples: PreparedSamples) -> tuple[HiddenStateExtractor, dict[str, Any]]:
         """The target, ready to run, and the part of the identity that only the loaded target decides."""
         options = self.options.target
         if options.deterministic:
             be_deterministic()
         self.say(f"loading target {options.name} ({self.dtype}) on {self.device}")
-        model = load_target(
-            options.name,
-            revision=options.revision,
-            dtype=torch_dtype(self.dtype),
-            device=self.device,
-            attn_implementation=options.attn_implementation,
-            trust_remote_code=options.trust_remote_code,
-            device_map=options.device_map,
-        )
+        if self.group is not None:
+            self.group.load()
+            model = load_target_part(self.options, torch_dtype(self.dtype), self.device)
+            self.embeddings = whole_embeddings(model)
+        else:
+            model = self.embeddings = load_target(
+                options.name,
+                revision=options.revision,
+                dtype=torch_dtype(self.dtype),
+                device=self.device,
+                attn_implementation=options.attn_implementation,
+                trust_remote_code=options.trust_remote_code,
+                device_map=options.device_map,
+            )
         target = HFDFlashTargetModel(model, self.layer_ids)
+        target.before_pass = None if self.group is None else self.group.announce
         if options.compile:
             target.compile()
         try:
@@ -344,18 +360,17 @@ class _Job:
             ) from error
         attention = getattr(model.config, "_attn_implementation", None) or "eager"
         extractor = HiddenStateExtractor(target, mode, self.options.capture)
-        return target, extractor, {"attn_implementation": attention, "padding": mode}
+        return extractor, {"attn_implementation": attention, "padding": mode}
 
     def _planned(
         self,
         manifest: Manifest,
         samples: PreparedSamples,
         plan: Plan,
-        target: HFDFlashTargetModel,
         decided: dict[str, Any],
     ) -> Manifest:
         """The manifest of state extracting; the target's folder is written first."""
-        tied, scale = write_target_files(self.out, target.model, self.config, self.tokenizer)
+        tied, scale = write_target_files(self.out, self.embeddings, self.config, self.tokenizer)
         totals = Totals(
             parts=sum(1 for _ in (self.out / "samples").glob("samples-*.arrow")),
             samples=len(samples),

@@ -175,17 +175,23 @@ class ShardRunner:
         try:
             self.extractor.forward(input_ids.to(self.device, non_blocking=True), lengths, rows, extra)
             return
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if self.extractor.target.before_pass is not None:
+                # Others run the same pass and wait for this process in the middle of it.
+                raise self._too_large(input_ids, number, error) from None
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
         try:
             self.extractor.forward(input_ids.to(self.device), lengths, rows, extra)
         except torch.OutOfMemoryError as error:
-            raise DeviceMemoryError(
-                f"shard {number}: a batch of {input_ids.numel():,} tokens does not fit into the memory of "
-                f"{self.device} ({error}). Finished shards are kept: run the same command on a device with more free "
-                "memory, or begin another cache with a smaller --batch-tokens; the batches of a cache never change."
-            ) from None
+            raise self._too_large(input_ids, number, error) from None
+
+    def _too_large(self, input_ids: Tensor, number: int, error: Exception) -> DeviceMemoryError:
+        return DeviceMemoryError(
+            f"shard {number}: a batch of {input_ids.numel():,} tokens does not fit into the memory of "
+            f"{self.device} ({error}). Finished shards are kept: run the same command on a device with more free "
+            "memory, or begin another cache with a smaller --batch-tokens; the batches of a cache never change."
+        )
 
     def _collate(self, sample_ids: np.ndarray, lengths: np.ndarray, stored: dict[str, Tensor], first: int) -> Tensor:
         """input_ids ``[B, S]`` int64, right-padded with 0; ids and loss masks also go to their rows in the shard."""

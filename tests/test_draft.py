@@ -186,22 +186,10 @@ def test_a_draft_that_is_always_right_saves_all_it_can(single, target):
     assert (decoded.passes, decoded.acceptance_length) == (3, 4)
 
 
-WATCHED = """
-import json, sys
-opened = []
-sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-sys.path.insert(0, sys.argv[1])
-sys.argv = ["train_draft.py", *sys.argv[2:]]
-import train_draft
-train_draft.main()
-maps = {line.split()[-1] for line in open("/proc/self/maps") if "/" in line}
-print(json.dumps({"opened": opened + sorted(maps), "modules": sorted(sys.modules)}))
-"""
-
-
 def test_the_trainer_needs_neither_transformers_nor_the_target(single, tiny_target, tmp_path):
     arguments = ["--cache", single.path, "--out", tmp_path / "draft", "--steps", "3", "--batch-size", "4"]
-    run = subprocess.run([sys.executable, "-c", WATCHED, SCRIPTS, *arguments], capture_output=True, text=True)
+    command = [sys.executable, SCRIPTS / "watch_trainer.py", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     seen = json.loads(run.stdout.splitlines()[-1])
     assert not {"transformers", "datasets", "extractor", "extractor.target"} & set(seen["modules"])
