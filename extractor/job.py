@@ -251,7 +251,7 @@ class Job:
             self.say(f"{self.out}: {len(share) - len(missing):,} of {len(share):,} shards are finished")
         if missing:
             stats = self._run(self.runner(manifest, plan, samples, extractor), missing)
-        return stats, self._sealed(manifest, alone)
+        return stats, self.sealed() if alone() else Manifest.read(self.out)
 
     def require_room(self, manifest: Manifest, plan: Plan, share: list[int]) -> list[int]:
         """Those of the shards ``share`` that have no file yet.
@@ -309,10 +309,8 @@ class Job:
             options = replace(options, batch_tokens=found)
         return Plan(samples.num_tokens, _schema(manifest).raw.token_bytes, options)
 
-    def _sealed(self, manifest: Manifest, alone: Callable[[], bool]) -> Manifest:
-        """The manifest of state complete, if this worker is the last of its job and nothing is missing."""
-        if not alone():
-            return Manifest.read(self.out)
+    def sealed(self) -> Manifest:
+        """The manifest, of state complete if nothing is missing. Call it with the lock held alone."""
         manifest = Manifest.read(self.out)
         assert manifest.totals is not None
         there = all((self.out / shard_name(number)).exists() for number in range(manifest.totals.shards))

@@ -69,6 +69,14 @@ class RunStats:
             setattr(self, name, max(getattr(self, name), getattr(other, name)))
 
 
+def added(parts: Iterable[RunStats]) -> RunStats:
+    """What all workers of a job did together."""
+    total = RunStats()
+    for part in parts:
+        total.add(part)
+    return total
+
+
 @dataclass(frozen=True, slots=True)
 class _ShardEnd:
     """What is known of a shard once its last batch was given to the device; on the host after ``arrived``."""
