@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -77,6 +78,7 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
         DFlashCacheError: as there, of the first actor that failed.
     """
     ray = _import_ray()
+    _require_reachable(cluster.address)
     if options.profile is not None:
         raise InputError("--profile follows one process; leave it out with --engine ray")
     gpus = cluster.gpus_per_worker
@@ -271,6 +273,21 @@ def _import_ray() -> Any:
     except ImportError:
         raise InputError("--engine ray needs Ray: pip install 'dflash-cache[ray]'") from None
     return ray
+
+
+def _require_reachable(address: str | None) -> None:
+    """Ray itself tries for minutes, and then ends the process.
+
+    Raises:
+        InputError: nobody answers at host:port.
+    """
+    host, colon, port = (address or "").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--address {address}: no Ray cluster to be reached there ({error})") from None
 
 
 def _environment() -> dict[str, str]:
