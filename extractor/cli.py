@@ -42,6 +42,7 @@ app = typer.Typer(
 )
 
 _TARGET, _DATA, _SAMPLES, _SIZES = "The target", "The data", "Samples and loss mask", "Shards and batches"
+_CLUSTER = "A cluster"
 
 Target = Annotated[
     str, typer.Option(help="Hub id or local folder of the target LLM.", rich_help_panel=_TARGET, show_default=False)
@@ -172,6 +173,43 @@ Devices = Annotated[
         show_default=False,
     ),
 ]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="local: this process, --devices, torchrun or srun. ray: actors of a Ray cluster whose nodes all see the "
+        "cache, the data and the target under the same paths (pip install 'dflash-cache\\[ray]').",
+        rich_help_panel=_CLUSTER,
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="With --engine ray: auto (the cluster that this node is of) or host:port. Default: RAY_ADDRESS, or a "
+        "cluster of this machine alone.",
+        rich_help_panel=_CLUSTER,
+        show_default=False,
+    ),
+]
+NumWorkers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="With --engine ray: actors, each with the target. More than there is room for make an autoscaling cluster "
+        "grow. Default: what it has room for at the start; without GPUs, one a node.",
+        rich_help_panel=_CLUSTER,
+        show_default=False,
+    ),
+]
+GpusPerWorker = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="With --engine ray: GPUs of each actor; more than one needs --device-map auto. Default: 1, or 0 with "
+        "--device cpu.",
+        rich_help_panel=_CLUSTER,
+        show_default=False,
+    ),
+]
 DeviceMap = Annotated[
     str | None,
     typer.Option(
@@ -262,6 +300,10 @@ def extract(
         Path | None,
         typer.Option(help="Write a Chrome trace: what each thread and the device did when.", show_default=False),
     ] = None,
+    engine: Engine = "local",
+    address: Address = None,
+    num_workers: NumWorkers = None,
+    gpus_per_worker: GpusPerWorker = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -285,7 +327,21 @@ def extract(
         worker = Worker(local_rank=worker.local_rank)
     if devices is not None and worker.world_size > 1:
         raise InputError("--devices starts workers of its own; leave it out under torchrun or srun")
-    report = extract_on(parse_devices(devices), options) if devices is not None else run_extract(options, worker)
+    if engine not in ("local", "ray"):
+        raise InputError(f"--engine {engine!r}: choose local or ray")
+    if engine == "ray":
+        from extractor.engine.ray import RayOptions, extract_with_ray
+
+        if devices is not None or worker.world_size > 1:
+            raise InputError("--engine ray starts workers of its own; leave out --devices, torchrun and srun")
+        cluster = RayOptions(address=address, num_workers=num_workers, gpus_per_worker=gpus_per_worker)
+        report = extract_with_ray(options, cluster)
+    elif (address, num_workers, gpus_per_worker) != (None, None, None):
+        raise InputError("--address, --num-workers and --gpus-per-worker are for --engine ray")
+    elif devices is not None:
+        report = extract_on(parse_devices(devices), options)
+    else:
+        report = run_extract(options, worker)
     if as_json:
         _print(json.dumps(asdict(report)))
         return

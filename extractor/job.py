@@ -89,8 +89,8 @@ def extract(
     Raises:
         DFlashCacheError: bad input (nothing written), another cache in ``out``, a refused write, non-finite states.
     """
-    _refuse_foreign_folder(options.out)
-    job = _Job(options, worker or Worker(), on_todo, on_stats)
+    refuse_foreign_folder(options.out)
+    job = Job(options, worker or Worker(), on_todo, on_stats)
     stored = Manifest.read(options.out) if (options.out / MANIFEST_NAME).exists() else None
     if stored is not None:
         job.require_same_inputs(stored)
@@ -104,15 +104,18 @@ def extract(
     return report
 
 
-class _Job:
-    """The inputs of one extraction, opened and identified; nothing is written before ``run``."""
+class Job:
+    """The inputs of one extraction, opened and identified; nothing is written before ``run``.
+
+    Its steps are what every engine is made of: :meth:`begun`, :meth:`prepared`, :meth:`plan`, :meth:`loaded`, seal.
+    """
 
     def __init__(
         self,
         options: ExtractOptions,
         worker: Worker,
-        on_todo: Callable[[int], None] | None,
-        on_stats: Callable[[RunStats], None] | None,
+        on_todo: Callable[[int], None] | None = None,
+        on_stats: Callable[[RunStats], None] | None = None,
     ):
         self.options, self.out, self.worker = options, options.out, worker
         self.on_todo, self.on_stats = on_todo, on_stats
@@ -162,29 +165,41 @@ class _Job:
 
     def run(self, alone: Callable[[], bool]) -> ExtractReport:
         """Do this worker's share, from whatever state the cache is in; the last worker brings it to state complete."""
-        out = self.out
-        if not self.worker.leads:
-            self._await_plan()
-        if (out / MANIFEST_NAME).exists():
-            manifest = Manifest.read(out)
-            self.require_same_inputs(manifest)
-            changed = other_software(manifest.created_with)
-            if changed and manifest.state != "complete":
-                list_ = ", ".join(changed)
-                self.say(f"warning: this cache was begun with other software; rounding may differ: {list_}")
-        else:
-            manifest = self._begin()
-            manifest.write(out)
-        stats = RunStats()
+        manifest, stats = self.begun(), RunStats()
         if manifest.state == "complete":
-            require_all_files(out, manifest)
-            self.say(f"{out}: already complete, nothing to do")
+            require_all_files(self.out, manifest)
+            self.say(f"{self.out}: already complete, nothing to do")
         else:
             stats, manifest = self._make(manifest, alone)
+        return self.report(manifest, stats)
+
+    def begun(self) -> Manifest:
+        """The manifest of the cache as it is, begun here if need be; workers that do not lead wait for the plan.
+
+        Raises:
+            MismatchError: it was begun with other inputs.
+            InputError: the leading worker does not make anything.
+        """
+        if not self.worker.leads:
+            self._await_plan()
+        if not (self.out / MANIFEST_NAME).exists():
+            manifest = self._begin()
+            manifest.write(self.out)
+            return manifest
+        manifest = Manifest.read(self.out)
+        self.require_same_inputs(manifest)
+        changed = other_software(manifest.created_with)
+        if changed and manifest.state != "complete":
+            list_ = ", ".join(changed)
+            self.say(f"warning: this cache was begun with other software; rounding may differ: {list_}")
+        return manifest
+
+    def report(self, manifest: Manifest, stats: RunStats) -> ExtractReport:
+        """What was done, once the cache is planned."""
         assert manifest.data is not None
         assert manifest.totals is not None
         return ExtractReport(
-            cache=str(out),
+            cache=str(self.out),
             fingerprint=manifest.fingerprint,
             samples=manifest.totals.samples - len(manifest.quarantined),
             tokens=manifest.totals.tokens,
@@ -235,52 +250,69 @@ class _Job:
         )
 
     def _make(self, manifest: Manifest, alone: Callable[[], bool]) -> tuple[RunStats, Manifest]:
-        try:
-            samples = self._prepared(manifest)
-        except InputError:
-            # Rows that cannot be prepared have to change, and with them the identity: these parts are of no use.
-            if not any((self.out / "shards").iterdir()):
-                shutil.rmtree(self.out / "samples")
-                (self.out / MANIFEST_NAME).unlink()
-            raise
-        plan = self._plan(manifest, samples)
-        sizes = plan.shard_bytes(_schema(manifest))
+        samples = self.prepared(manifest)
+        plan = self.plan(manifest, samples)
         share = self.worker.share(range(len(plan)))
-        absent = [number for number in share if not (self.out / shard_name(number)).exists()]
-        embeddings = self.shape.embedding_bytes(torch_dtype(self.dtype)) if manifest.state == "preparing" else 0
-        require_space(self.out, int(sizes[absent].sum()) + embeddings)
+        absent = self.require_room(manifest, plan, share)
         stats = RunStats()
         if absent or manifest.state == "preparing":
-            extractor, decided = self._load(samples)
-            if manifest.state == "preparing":
-                if self.options.plan.batch_tokens is None and "batch_tokens" not in manifest.identity:
-                    found = find_batch_tokens(
-                        extractor, self.device, int(samples.num_tokens.max()), int(samples.num_tokens.sum())
-                    )
-                    self.say(f"--batch-tokens auto: {found:,}")
-                    decided["batch_tokens"] = found
-                manifest = self._planned(manifest, samples, plan, decided)
-                manifest.write(self.out)
-                plan = self._plan(manifest, samples)
-            require_same_identity(self.out, manifest.identity, {**manifest.identity, **decided})
+            manifest, plan, extractor = self.loaded(manifest, samples, plan)
         missing = missing_shards(self.out, manifest.schema(), plan, share)
         if len(missing) < len(share):
             self.say(f"{self.out}: {len(share) - len(missing):,} of {len(share):,} shards are finished")
         if missing:
-            runner = ShardRunner(
-                cache=self.out,
-                schema=manifest.schema(),
-                plan=plan,
-                samples=samples,
-                extractor=extractor,
-                device=self.device,
-                on_nonfinite=self.options.on_nonfinite,
-                timeline=self.timeline,
-            )
-            stats = self._run(runner, missing)
-        return stats, self._sealed(manifest, alone)
+            stats = self._run(self.runner(manifest, plan, samples, extractor), missing)
+        return stats, self.sealed() if alone() else Manifest.read(self.out)
 
-    def _plan(self, manifest: Manifest, samples: PreparedSamples) -> Plan:
+    def require_room(self, manifest: Manifest, plan: Plan, share: list[int]) -> list[int]:
+        """Those of the shards ``share`` that have no file yet.
+
+        Raises:
+            InputError: the disk has no room for them.
+        """
+        absent = [number for number in share if not (self.out / shard_name(number)).exists()]
+        embeddings = self.shape.embedding_bytes(torch_dtype(self.dtype)) if manifest.state == "preparing" else 0
+        require_space(self.out, int(plan.shard_bytes(_schema(manifest))[absent].sum()) + embeddings)
+        return absent
+
+    def loaded(
+        self, manifest: Manifest, samples: PreparedSamples, plan: Plan
+    ) -> tuple[Manifest, Plan, HiddenStateExtractor]:
+        """The target, loaded, and the manifest of state extracting: what only a loaded target can say is decided here.
+
+        Raises:
+            MismatchError: this target decides otherwise than the one that the cache was begun with.
+        """
+        extractor, decided = self._load(samples)
+        if manifest.state == "preparing":
+            if self.options.plan.batch_tokens is None and "batch_tokens" not in manifest.identity:
+                found = find_batch_tokens(
+                    extractor, self.device, int(samples.num_tokens.max()), int(samples.num_tokens.sum())
+                )
+                self.say(f"--batch-tokens auto: {found:,}")
+                decided["batch_tokens"] = found
+            manifest = self._planned(manifest, samples, plan, decided)
+            manifest.write(self.out)
+            plan = self.plan(manifest, samples)
+        require_same_identity(self.out, manifest.identity, {**manifest.identity, **decided})
+        return manifest, plan, extractor
+
+    def runner(
+        self, manifest: Manifest, plan: Plan, samples: PreparedSamples, extractor: HiddenStateExtractor
+    ) -> ShardRunner:
+        """What makes shards of this cache on this worker's device."""
+        return ShardRunner(
+            cache=self.out,
+            schema=manifest.schema(),
+            plan=plan,
+            samples=samples,
+            extractor=extractor,
+            device=self.device,
+            on_nonfinite=self.options.on_nonfinite,
+            timeline=self.timeline,
+        )
+
+    def plan(self, manifest: Manifest, samples: PreparedSamples) -> Plan:
         """The plan; shards do not depend on batch_tokens, so their sizes are right before it has been found out."""
         options = self.options.plan
         if options.batch_tokens is None:
@@ -288,16 +320,20 @@ class _Job:
             options = replace(options, batch_tokens=found)
         return Plan(samples.num_tokens, _schema(manifest).raw.token_bytes, options)
 
-    def _sealed(self, manifest: Manifest, alone: Callable[[], bool]) -> Manifest:
-        """The manifest of state complete, if this worker is the last of its job and nothing is missing."""
-        if not alone():
-            return Manifest.read(self.out)
+    def sealed(self) -> Manifest:
+        """The manifest, of state complete if nothing is missing. Call it with the lock held alone."""
         manifest = Manifest.read(self.out)
         assert manifest.totals is not None
         there = all((self.out / shard_name(number)).exists() for number in range(manifest.totals.shards))
         return seal(self.out, manifest) if there and manifest.state != "complete" else manifest
 
-    def _prepared(self, manifest: Manifest) -> PreparedSamples:
+    def prepared(self, manifest: Manifest) -> PreparedSamples:
+        """The prepared samples, made or finished here while the state is preparing.
+
+        Raises:
+            InputError: rows that cannot be prepared.
+            CacheError: they are not what the manifest says.
+        """
         if manifest.totals is not None:
             samples = PreparedSamples(self.out / "samples", manifest.totals.parts)
             if samples.digest() != manifest.identity["samples"]:
@@ -305,6 +341,16 @@ class _Job:
                     self.out / "samples", "is not what the manifest says; the prepared samples are damaged"
                 )
             return samples
+        try:
+            return self._prepare()
+        except InputError:
+            # Rows that cannot be prepared have to change, and with them the identity: these parts are of no use.
+            if not any((self.out / "shards").iterdir()):
+                shutil.rmtree(self.out / "samples")
+                (self.out / MANIFEST_NAME).unlink()
+            raise
+
+    def _prepare(self) -> PreparedSamples:
         total = self.source.num_rows
         with Reporter("prepare", total, "rows") as reporter:
             parts = prepare(
@@ -427,7 +473,7 @@ def _schema(manifest: Manifest) -> ShardSchema:
     return schema if schema.fingerprint else replace(schema, fingerprint="0" * 64)
 
 
-def _refuse_foreign_folder(out: Path) -> None:
+def refuse_foreign_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a new or empty folder")
     if out.is_dir() and not (out / MANIFEST_NAME).exists():

@@ -69,6 +69,14 @@ class RunStats:
             setattr(self, name, max(getattr(self, name), getattr(other, name)))
 
 
+def added(parts: Iterable[RunStats]) -> RunStats:
+    """What all workers of a job did together."""
+    total = RunStats()
+    for part in parts:
+        total.add(part)
+    return total
+
+
 @dataclass(frozen=True, slots=True)
 class _ShardEnd:
     """What is known of a shard once its last batch was given to the device; on the host after ``arrived``."""
@@ -104,38 +112,16 @@ class ShardRunner:
             StorageError: a shard could not be written. Those committed before stay.
         """
         numbers = list(numbers)
-        stats, started = RunStats(), time.monotonic()
         if not numbers:
-            return stats
-        largest = int(self.plan.shard_bytes(self._filled)[numbers].max())
-        free: queue.SimpleQueue[ShardBuffer] = queue.SimpleQueue()
-        for _ in range(min(NUM_BUFFERS, len(numbers))):
-            free.put(ShardBuffer(largest, pin_memory=self.device.type == "cuda"))
-        most_tokens = max(self.plan.batch_tokens, int(self.samples.num_tokens.max()))
-        rows = _DeviceRows(self._filled, self.device, most_tokens)
-        writing: deque[Future[tuple[int, float]]] = deque()
-        with ThreadPoolExecutor(NUM_BUFFERS - 1, thread_name_prefix="shard-writer") as writer:
+            return RunStats()
+        with self.begin(numbers, report) as making:
             for number in numbers:
-                waiting = time.monotonic()
-                with self.timeline.span("wait for a buffer"):
-                    while writing and (writing[0].done() or len(writing) >= NUM_BUFFERS):
-                        _count_written(stats, writing.popleft())
-                    buffer = free.get()
-                if not rows.busy():
-                    stats.seconds_waiting_for_disk += time.monotonic() - waiting
-                shard = self.plan.shard(number)
-                extra = self._fill(buffer, shard, rows, stats, started, report)
-                stats.shards += 1
-                writing.append(writer.submit(self._finish, buffer, shard, extra, free))
-            waiting = time.monotonic()
-            rows.synchronize()
-            computed = time.monotonic()
-            for future in writing:
-                _count_written(stats, future)
-            stats.seconds_waiting_for_disk += time.monotonic() - max(waiting, computed)
-        stats.seconds = time.monotonic() - started
-        report(stats)
-        return stats
+                making.make(number)
+        return making.stats
+
+    def begin(self, numbers: list[int], report: Callable[[RunStats], None] = lambda stats: None) -> Making:
+        """A context to make any of the shards ``numbers`` in, one after another, as they are asked for."""
+        return Making(self, numbers, report)
 
     def _fill(
         self,
@@ -247,6 +233,63 @@ class ShardRunner:
             f"gave NaN or Inf at {self.extractor.checked[column]}; nothing of this shard was stored. "
             "Try --dtype bfloat16 or float32, or --on-nonfinite quarantine to leave such samples out and list them."
         )
+
+
+class Making:
+    """Shards being made: ``make`` returns once the device has a shard's last batch, its file is written meanwhile.
+
+    A context manager; leaving it waits for the files. One thread at a time may call ``make``.
+    """
+
+    def __init__(self, runner: ShardRunner, numbers: list[int], report: Callable[[RunStats], None]):
+        self.stats = RunStats()
+        self._runner, self._report, self._started = runner, report, time.monotonic()
+        largest = int(runner.plan.shard_bytes(runner._filled)[numbers].max())
+        self._free: queue.SimpleQueue[ShardBuffer] = queue.SimpleQueue()
+        for _ in range(min(NUM_BUFFERS, len(numbers))):
+            self._free.put(ShardBuffer(largest, pin_memory=runner.device.type == "cuda"))
+        most_tokens = max(runner.plan.batch_tokens, int(runner.samples.num_tokens.max()))
+        self._rows = _DeviceRows(runner._filled, runner.device, most_tokens)
+        self._writing: deque[Future[tuple[int, float]]] = deque()
+        self._writer = ThreadPoolExecutor(NUM_BUFFERS - 1, thread_name_prefix="shard-writer")
+
+    def make(self, number: int) -> Future[tuple[int, float]]:
+        """Run the target over shard ``number``; gives the file's bytes, and the seconds it took, once it is committed.
+
+        Raises:
+            DFlashCacheError: as :meth:`ShardRunner.run`, also for a shard before this one.
+        """
+        waiting, stats, runner = time.monotonic(), self.stats, self._runner
+        with runner.timeline.span("wait for a buffer"):
+            while self._writing and (self._writing[0].done() or len(self._writing) >= NUM_BUFFERS):
+                _count_written(stats, self._writing.popleft())
+            buffer = self._free.get()
+        if not self._rows.busy():
+            stats.seconds_waiting_for_disk += time.monotonic() - waiting
+        shard = runner.plan.shard(number)
+        end = runner._fill(buffer, shard, self._rows, stats, self._started, self._report)
+        stats.shards += 1
+        written = self._writer.submit(runner._finish, buffer, shard, end, self._free)
+        self._writing.append(written)
+        return written
+
+    def __enter__(self) -> Making:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        with self._writer:
+            if kind is None:
+                self._finish_all()
+
+    def _finish_all(self) -> None:
+        stats, waiting = self.stats, time.monotonic()
+        self._rows.synchronize()
+        computed = time.monotonic()
+        for future in self._writing:
+            _count_written(stats, future)
+        stats.seconds_waiting_for_disk += time.monotonic() - max(waiting, computed)
+        stats.seconds = time.monotonic() - self._started
+        self._report(stats)
 
 
 class _DeviceRows:

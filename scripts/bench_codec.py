@@ -7,9 +7,9 @@ counts little. Median of the rounds, codecs taking turns in each; `copy` is a me
   ratio      bytes that stand for hidden_states over their bytes before
   encode, decode   GB/s of the states before the codec; decode goes into a batch's memory, as the loader's threads do it
   error      largest and mean |decoded - original|, as a share of the layer's RMS; SNR of the worst and the best layer
-States, bfloat16: `trained` of a tiny target trained on chat data (narrow: 128 features a layer, so fp8's scales weigh 32
-times what they do in Qwen3-8B); `outliers` made here after what is published of LLMs: channels of log-normal scale, 1
-in 200 of them 100-1000 times the rest, two massive activations (1e4) at the first token; `plain` without these two.
+States, bfloat16: `trained` of a tiny target trained on chat data (narrow: 128 features a layer, so fp8's scales weigh
+32 times what they do in Qwen3-8B); `outliers` made here after what is published of LLMs: channels of log-normal scale,
+1 in 200 of them 100-1000 times the rest, two massive activations (1e4) at the first token; `plain` without these two.
 Beside the codecs, what else was tried and is not offered: zstd on the bytes as they are; byte planes with zstd at its
 level 1; fp8 whose values then go through the entropy coder.
 
