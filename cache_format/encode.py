@@ -46,6 +46,17 @@ def encode_shard(
         _encode_blocks(codec, bits_of(rows, states), states, into)
 
 
+def encode_buffer(filled: ShardBuffer, schema: ShardSchema, into: ShardBuffer | None) -> ShardBuffer:
+    """The shard that ``filled`` holds under ``schema.raw``, under ``schema``; in ``into`` if it has the room."""
+    ids, lengths = filled.tensor("sample_ids").numpy(), np.diff(filled.cu_seqlens)
+    room = room_to_encode(schema, filled.number, len(ids), int(filled.cu_seqlens[-1]))
+    if into is None or into.capacity < room:
+        into = ShardBuffer(room)
+    raw = {tensor.name: filled.tensor(tensor.name) for tensor in schema.raw.token_tensors}
+    encode_shard(schema, filled.number, ids, lengths, raw, into)
+    return into
+
+
 def room_to_encode(schema: ShardSchema, number: int, num_samples: int, num_tokens: int) -> int:
     """Bytes that :func:`encode_shard` needs at most; a block has at least one token and takes 4 bytes beside."""
     return schema.layout(number, num_samples, num_tokens, num_tokens * (schema.states.row_bytes + 4)).num_bytes

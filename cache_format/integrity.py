@@ -11,13 +11,21 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_format.errors import CacheError
+from cache_format.errors import CacheError, StorageError
 from cache_format.folder import Folder, open_folder
 from cache_format.index import INDEX_NAME, SHARDS_NAME, Index, ShardRow, read_index, read_shards, shard_rows
 from cache_format.manifest import MANIFEST_NAME, Manifest, file_info
 from cache_format.samples import PreparedSamples, Sample, part_path
 from cache_format.shard import ShardFile, ShardSchema, shard_name
 from cache_format.storage import TEMPORARY_SUFFIX
+
+PROVES = {
+    "quick": "no shard is missing, cut, extra or swapped, and every planned sample is there exactly once; "
+    "not that every byte of the states is right",
+    "full": "every byte is the one that was written, and every sample's tokens are the prepared ones; "
+    "not that the states are those of the target (--recompute)",
+}
+"""By the depth of a report without problems."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +146,10 @@ class _Verification:
                     yield Problem(file=name, problem=f"has {size:,} bytes, expected {info.bytes:,}")
                 elif not self.quick and file_info(self.folder.local(name)) != info:
                     yield Problem(file=name, problem="does not match its checksum")
-            except CacheError as error:
-                yield Problem(file=name, problem=error.problem)
+            except (CacheError, StorageError) as error:
+                yield Problem(file=name, problem=_told(error))
+            except OSError as error:
+                yield Problem(file=name, problem=_told(StorageError(name, "look at", error)))
 
     def _table_problems(self) -> Iterator[Problem]:
         totals = self.manifest.totals
@@ -150,7 +160,7 @@ class _Verification:
             self.samples = PreparedSamples(self.cache / "samples", totals.parts)
             if len(self.samples) != totals.samples or self.samples.digest() != self.manifest.identity.get("samples"):
                 yield Problem(file="samples", problem="the prepared samples are not those of the manifest")
-        except CacheError as error:
+        except (CacheError, StorageError) as error:
             yield self._problem(error)
         if self.manifest.state != "complete":
             return
@@ -158,14 +168,14 @@ class _Verification:
             self.rows = read_shards(self.folder.local(SHARDS_NAME), self.manifest.fingerprint)
             if len(self.rows) != totals.shards:
                 yield Problem(file=SHARDS_NAME, problem=f"lists {len(self.rows)} shards, the manifest {totals.shards}")
-        except CacheError as error:
+        except (CacheError, StorageError) as error:
             yield self._problem(error)
         try:
             self.index = read_index(self.folder.local(INDEX_NAME), self.manifest.fingerprint)
             # What is there, not what the manifest claims: a claim of 2^60 samples would be allocated.
             known = len(self.index) + len(self.manifest.quarantined) if self.samples is None else len(self.samples)
             yield from self._coverage(self.index, min(totals.samples, known))
-        except CacheError as error:
+        except (CacheError, StorageError) as error:
             yield self._problem(error)
 
     def _count_problems(self) -> Iterator[Problem]:
@@ -230,8 +240,8 @@ class _Verification:
                 if not self.quick:
                     problems += self._content_problems(shard)
                 return problems, shard.num_samples, shard.container.num_bytes
-        except CacheError as error:
-            return [Problem(file=name, shard=number, problem=error.problem)], 0, 0
+        except (CacheError, StorageError) as error:
+            return [Problem(file=name, shard=number, problem=_told(error))], 0, 0
 
     def _against_tables(self, shard: ShardFile, places: np.ndarray | None) -> Iterator[Problem]:
         """What shards.arrow and index.arrow say of the shard."""
@@ -253,14 +263,22 @@ class _Verification:
             if shard.computed_checksum(position) != int(shard.sample_checksums[position]):
                 yield Problem(file=name, shard=number, sample=sample_id, problem="does not match its checksum")
                 continue
+            stored = stored_sample(shard, position)
+            masks = {
+                "attention_mask": stored_rows(shard, "attention_mask", position) != 1,
+                "loss_mask": stored.loss_mask > 1,
+            }
+            for field_name in (field_name for field_name, wrong in masks.items() if wrong.any()):
+                problem = "has values that this format does not allow"
+                yield Problem(file=name, shard=number, sample=sample_id, field=field_name, problem=problem)
             if self.samples is None or not 0 <= sample_id < len(self.samples):
                 continue
             try:
                 prepared = self.samples[sample_id]
-            except CacheError as error:
+            except (CacheError, StorageError) as error:
                 yield self._problem(error)
                 continue
-            if stored_sample(shard, position).digest() != prepared.digest():
+            if stored.digest() != prepared.digest():
                 yield Problem(
                     file=name,
                     shard=number,
@@ -269,10 +287,15 @@ class _Verification:
                     problem="its tokens or loss mask are not those of the prepared sample",
                 )
 
-    def _problem(self, error: CacheError) -> Problem:
-        path, url = Path(error.path), f"{self.folder.where}/"
+    def _problem(self, error: CacheError | StorageError) -> Problem:
+        path = Path(error.path)
         name = path.relative_to(self.cache).as_posix() if path.is_relative_to(self.cache) else error.path
-        return Problem(file=name.removeprefix(url), problem=error.problem)
+        return Problem(file=name.removeprefix(f"{self.folder.where}/"), problem=_told(error))
+
+
+def _told(error: CacheError | StorageError) -> str:
+    """The error without its path. What the system will not give (a bad sector, no permission) is a problem as well."""
+    return str(error).removeprefix(f"{error.path}: ")
 
 
 def stored_sample(shard: ShardFile, position: int) -> Sample:
@@ -281,12 +304,17 @@ def stored_sample(shard: ShardFile, position: int) -> Sample:
     Raises:
         CacheError: the file ended early.
     """
-    start, stop = int(shard.cu_seqlens[position]), int(shard.cu_seqlens[position + 1])
+    ids, mask = (stored_rows(shard, name, position) for name in ("input_ids", "loss_mask"))
+    return Sample(ids.view("<i4"), mask, -1)
 
-    def rows(name: str, dtype: str) -> np.ndarray:
-        offset, size = shard.row_range(name, start, stop)
-        out = np.empty(size, np.uint8)
-        shard.read_into(offset, out)
-        return out.view(dtype)
 
-    return Sample(rows("input_ids", "<i4"), rows("loss_mask", "u1"), -1)
+def stored_rows(shard: ShardFile, name: str, position: int) -> np.ndarray:
+    """The bytes (uint8) of a per-token tensor for the sample at ``position``.
+
+    Raises:
+        CacheError: the file ended early.
+    """
+    offset, size = shard.row_range(name, int(shard.cu_seqlens[position]), int(shard.cu_seqlens[position + 1]))
+    out = np.empty(size, np.uint8)
+    shard.read_into(offset, out)
+    return out

@@ -28,6 +28,7 @@ from cache_format.errors import InputError, MismatchError
 from cache_format.gather import Gathered, batch_bytes
 from cache_format.index import Index
 from cache_format.order import (
+    SHUFFLES,
     Batches,
     batch_rows,
     batches_by_count,
@@ -78,10 +79,11 @@ class LoaderOptions:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"loader: {name} is {value!r}; it must be a whole number of at least 1")
-        if self.shuffle not in (True, False, "full", "window"):
+        if not isinstance(self.shuffle, bool) and self.shuffle not in SHUFFLES:
             raise InputError(f'loader: shuffle is {self.shuffle!r}; choose True ("full"), "window" or False')
-        if self.seed < 0:
-            raise InputError(f"loader: seed is {self.seed}; it must be at least 0")
+        _require_from_zero("seed", self.seed)
+        if self.device is not None and self.device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"loader: device is {self.device}, and torch finds no CUDA device here")
         if not 0 <= self.rank < self.world_size:
             raise InputError(f"loader: rank {self.rank} is not one of {self.world_size} (world_size)")
 
@@ -108,7 +110,7 @@ class CacheLoader:
         _require_room(options, self._lengths[self._samples])
         self._epoch, self._done, self._resumed = 0, 0, False
         self._planned: tuple[int, Batches] | None = None
-        require_rows(self._batches(), options.world_size)
+        require_rows(self._batches(), options.world_size, options.drop_last)
 
     def __len__(self) -> int:
         """Steps of a whole epoch on this rank, the same on every rank."""
@@ -123,7 +125,11 @@ class CacheLoader:
         """Choose the epoch of the next iteration. Where none is chosen, each iteration is followed by the next epoch.
 
         Naming the epoch that a loaded state stands in keeps its place.
+
+        Raises:
+            InputError: not a whole number of at least 0.
         """
+        _require_from_zero("epoch", epoch)
         if epoch != self._epoch:
             self._epoch, self._done, self._resumed = epoch, 0, False
 
@@ -171,9 +177,9 @@ class CacheLoader:
             turns = self._cache.fetching_ahead(turns, options.window_shards)
         epoch = self._epoch
         on_host = ((gathered.decoded(), done) for gathered, done in self._read_ahead(turns))
-        for batch, done in self._to_device(turns) if self._on_cuda else on_host:
+        for batch, done in self._to_cuda(turns) if self._on_cuda else on_host:
             self._done = done
-            yield batch
+            yield batch if options.device is None else batch.to(options.device)
         if self._epoch == epoch:
             self._epoch, self._done = epoch + 1, 0
 
@@ -208,7 +214,7 @@ class CacheLoader:
         finally:
             executor.shutdown(wait=False, cancel_futures=True)
 
-    def _to_device(self, turns: Iterator[tuple[list[np.ndarray], int]]) -> Iterator[tuple[DFlashTargetBatch, int]]:
+    def _to_cuda(self, turns: Iterator[tuple[list[np.ndarray], int]]) -> Iterator[tuple[DFlashTargetBatch, int]]:
         """Copy each batch on a side stream while the trainer computes on the one before."""
         device = self._options.device
         stream = torch.cuda.Stream(device)
@@ -228,9 +234,10 @@ class CacheLoader:
     def _pool(self) -> BufferPool:
         options = self._options
         longest = options.pack_to or int(self._lengths[self._samples].max())
-        rows = options.batch_size or 1
-        length = longest if options.batch_size else options.batch_tokens or 1
-        capacity = batch_bytes(self._cache.manifest.schema(), rows, length, self._decode_on_host)
+        # More than all samples together is never needed, however large a batch may be.
+        rows = min(options.batch_size or len(self._samples), len(self._samples))
+        tokens = min(rows * longest, options.batch_tokens or rows * longest)
+        capacity = batch_bytes(self._cache.manifest.schema(), 1, tokens, self._decode_on_host)
         return BufferPool(capacity, keep=options.prefetch + 2, pin_memory=self._on_cuda)
 
     @property
@@ -278,6 +285,11 @@ def default_rank() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _require_from_zero(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise InputError(f"loader: {name} is {value!r}; it must be a whole number of at least 0")
 
 
 def _selected(cache: FeatureCache, options: LoaderOptions) -> np.ndarray:

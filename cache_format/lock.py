@@ -6,17 +6,19 @@ if they are of the same job. An exclusive lock taken while any of them lives fai
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cache_format.errors import DFlashCacheError, StorageError
+from cache_format.errors import CacheError, DFlashCacheError, StorageError
 
 LOCK_NAME = ".lock"
 
@@ -40,12 +42,15 @@ def writing(
 
     Raises:
         LockedError: held by another process or job; names its host, pid and since when.
+        CacheError: ``.lock`` is not a file of its own, so writing to it could harm another one.
         StorageError: the operating system refused.
     """
     path = cache / LOCK_NAME
     try:
         fd = _acquire(path, job, first)
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CacheError(path, "is a symbolic link, which could lead anywhere; remove it") from None
         raise StorageError(path, "lock", error) from error
     try:
         yield lambda: _flock(fd, fcntl.LOCK_EX)
@@ -57,6 +62,7 @@ def _acquire(path: Path, job: str | None, first: Callable[[], None]) -> int:
     for _ in range(_TRIES):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
+            _require_own_file(path, fd)
             if _take(path, fd, job, first):
                 return fd
         except BaseException:
@@ -70,6 +76,12 @@ def _acquire(path: Path, job: str | None, first: Callable[[], None]) -> int:
     raise LockedError(
         f"{path.parent}: {describe_holder(holder)} is writing this cache. Wait, or stop it; its lock goes too."
     )
+
+
+def _require_own_file(path: Path, fd: int) -> None:
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        raise CacheError(path, "is not a regular file of its own (a pipe, a device, a hard link?); remove it")
 
 
 def _take(path: Path, fd: int, job: str | None, first: Callable[[], None]) -> bool:
@@ -118,7 +130,7 @@ def _is_current(path: Path, fd: int) -> bool:
 def _holder(fd: int) -> dict[str, Any]:
     try:
         holder = json.loads(os.pread(fd, 4096, 0))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import types
@@ -136,6 +137,11 @@ class Manifest:
         if self.state != "preparing":
             if self.data is None or self.totals is None or min(asdict(self.totals).values()) < 0:
                 raise ValueError(f"state {self.state} needs data and totals")
+            if max(asdict(self.totals).values()) >= 1 << 62:
+                raise ValueError("totals are larger than any cache can be")
+            bounds = [-1, *self.quarantined, self.totals.samples]
+            if any(low >= high for low, high in itertools.pairwise(bounds)):
+                raise ValueError("quarantined are not sample_ids in ascending order")
             if self.fingerprint != fingerprint(self.identity):
                 raise ValueError("the fingerprint is not that of the identity")
 

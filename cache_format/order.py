@@ -31,6 +31,8 @@ class Batches:
     """int64, rows + 1: where each row begins in ``samples``"""
     batch_starts: np.ndarray
     """int64, batches + 1: where each batch begins among the rows"""
+    row_sizes: np.ndarray | None = None
+    """int: tokens of each row, where a batch is limited by its padded tokens; None: rows count alike"""
 
     def __len__(self) -> int:
         return len(self.batch_starts) - 1
@@ -98,7 +100,7 @@ def batches_by_tokens(
         sorted_pools += pieces
         starts += [len(piece) for piece in pieces]
     samples = np.concatenate([np.empty(0, np.int64), *sorted_pools])
-    return Batches(samples, np.arange(len(samples) + 1), _cumulative(starts))
+    return Batches(samples, np.arange(len(samples) + 1), _cumulative(starts), lengths[samples])
 
 
 def batches_of_packed_rows(
@@ -130,19 +132,17 @@ def batch_rows(
 ) -> tuple[list[np.ndarray], int]:
     """The rows of one rank in one step, and how many batches of the epoch are done after it.
 
-    The remainder: if the last step has fewer batches than ranks, their rows are divided evenly over the ranks. If these
-    are even fewer than ranks, they join the step before, one more row for each of the first ranks. With ``drop_last``
-    an incomplete last step is left out.
+    The remainder: if the last step has fewer batches than ranks, their rows are divided anew over the ranks. If these
+    are even fewer than ranks, they are divided together with the step before. Either way the largest share is as small
+    as can be: in rows; in padded tokens for a token budget, which only the second way can exceed, by about a row. With
+    ``drop_last`` an incomplete last step is left out.
     """
     start, total = done + step * world_size, len(batches)
     stop = start + world_size
-    if stop > total:
-        return _share(batches.rows(start, total), rank, world_size), total
-    rows = batches.rows(start + rank, start + rank + 1)
-    if not drop_last and stop < total < stop + world_size and _rows_in(batches, stop) < world_size:
-        rows += batches.rows(stop, total)[rank : rank + 1]
-        stop = total
-    return rows, stop
+    joined = not drop_last and stop < total < stop + world_size and _rows_in(batches, stop) < world_size
+    if stop > total or joined:
+        return _share(batches, start, rank, world_size), total
+    return batches.rows(start + rank, start + rank + 1), stop
 
 
 def left_out(batches: Batches, done: int, world_size: int) -> int:
@@ -151,11 +151,11 @@ def left_out(batches: Batches, done: int, world_size: int) -> int:
     return _rows_in(batches, done) if 0 < rest < world_size and _rows_in(batches, done) < world_size else 0
 
 
-def require_rows(batches: Batches, world_size: int) -> None:
+def require_rows(batches: Batches, world_size: int, drop_last: bool) -> None:
     """Every rank needs something to do.
 
     Raises:
-        InputError: fewer rows than ranks.
+        InputError: fewer rows than ranks, or ``drop_last`` leaves out all there is.
     """
     rows = _rows_in(batches, 0)
     if rows < world_size:
@@ -163,15 +163,48 @@ def require_rows(batches: Batches, world_size: int) -> None:
             f"{rows:,} samples or packed rows cannot be divided over {world_size} ranks; "
             "use fewer ranks, a wider filter, or a larger cache"
         )
+    if not num_steps(batches, 0, world_size, drop_last):
+        raise InputError(
+            f"{len(batches):,} whole batches do not make one step of {world_size} ranks, and drop_last=True leaves out "
+            "the rest; use smaller batches, fewer ranks, or drop_last=False"
+        )
 
 
 def _rows_in(batches: Batches, start: int) -> int:
     return int(batches.batch_starts[-1] - batches.batch_starts[start])
 
 
-def _share(rows: list[np.ndarray], rank: int, world_size: int) -> list[np.ndarray]:
-    cuts = [len(rows) * r // world_size for r in (rank, rank + 1)]
-    return rows[cuts[0] : cuts[1]]
+def _share(batches: Batches, start: int, rank: int, world_size: int) -> list[np.ndarray]:
+    """One rank's part of all rows from batch ``start`` on."""
+    rows = batches.rows(start, len(batches))
+    if batches.row_sizes is None:
+        return rows[len(rows) * rank // world_size : len(rows) * (rank + 1) // world_size]
+    sizes = batches.row_sizes[batches.batch_starts[start] :]
+    by_size = np.argsort(-sizes.astype(np.int64), kind="stable")
+    cuts = _even_cuts(sizes[by_size], world_size)
+    return [rows[i] for i in by_size[cuts[rank] : cuts[rank + 1]]]
+
+
+def _even_cuts(descending: np.ndarray, parts: int) -> list[int]:
+    """Cut sizes sorted descending into ``parts`` runs, none empty, whose largest padded one is as small as can be."""
+
+    def cuts(limit: int) -> list[int] | None:
+        found = [0]
+        for parts_after in range(parts - 1, -1, -1):
+            at = found[-1]
+            room = limit // int(descending[at])
+            if not room:
+                return None
+            found.append(min(at + room, len(descending) - parts_after))
+        return found if found[-1] == len(descending) else None
+
+    low, high = 1, int(descending[0]) * len(descending)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cuts(middle) else (middle + 1, high)
+    best = cuts(low)
+    assert best is not None
+    return best
 
 
 def _starts(count: int, size: int, drop_last: bool) -> np.ndarray:

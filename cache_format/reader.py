@@ -71,7 +71,7 @@ class FeatureCache(Dataset):
         self._options = options
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._opening: dict[int, threading.Lock] = {}
-        self._lock = threading.Lock()
+        self._lock, self._pid = threading.Lock(), os.getpid()
 
     @classmethod
     def open(
@@ -181,7 +181,7 @@ class FeatureCache(Dataset):
         stored = {t.name: shard.rows(t.name, start, stop) for t in self._schema.token_tensors}
         if self._options["verify"]:
             bytes_ = [stored[t.name].reshape(-1).view(torch.uint8).numpy() for t in self._schema.token_tensors]
-            self._check_sample(i, bytes_)
+            self._check_piece(Piece(i, shard.file, start, stop - start, 0, 0), bytes_)
         return DFlashTargetBatch(
             hidden_states=stored["hidden_states"].unsqueeze(0),
             input_ids=stored["input_ids"].to(torch.int64).unsqueeze(0),
@@ -277,7 +277,9 @@ class FeatureCache(Dataset):
         Args:
             batch_size: samples of a batch, or packed rows.
             batch_tokens: instead: tokens of a batch, padding included. Samples of like length, found among
-                4,096 neighbours in the order, go together, so that padding is small.
+                4,096 neighbours in the order, go together, so that padding is small (2 % on 50,000 log-normal lengths).
+                Batches of those 4,096 come in random order, so length has no trend: its correlation from one batch to
+                the next, and with the place in the epoch, is below 0.1.
             pack_to: rows of S tokens with several samples in each, and position_ids, seq_lens and doc_remaining.
             shuffle: True or ``"full"``: all samples in random order. ``"window"``: shards in random order, samples
                 mixed within ``window_shards`` of them, for disks and networks that are slow at random reads.
@@ -285,11 +287,13 @@ class FeatureCache(Dataset):
             seed: of the shuffle, at least 0.
             drop_last: leave out an incomplete last batch and an incomplete last step over the ranks. Otherwise every
                 sample comes exactly once an epoch: what is left for the last step is divided evenly over the ranks,
-                and if it is fewer samples than ranks it joins the batches of the step before.
+                and if it is fewer samples than ranks it joins the batches of the step before. (Only a resume on more
+                ranks than samples are left in its epoch has no step before; it says how many it leaves out.)
             max_length: cut samples to their first ``max_length`` tokens.
             filter: index columns -> bool for each sample, such as ``lambda index: index.num_loss_tokens >= 16``;
                 columns are numpy arrays (``sample_id``, ``shard``, ``num_tokens``, ``num_loss_tokens``).
             rank: of this process; with ``world_size`` from torch.distributed or torchrun's environment by default.
+                With tensor or context parallelism give both: the data-parallel rank, and how many of them there are.
             world_size: processes that share the epoch.
             device: where batches are wanted; copies to a CUDA device overlap with the trainer's work.
             threads: that read.
@@ -301,6 +305,8 @@ class FeatureCache(Dataset):
             InputError: an option that cannot be, or samples longer than ``batch_tokens`` or ``pack_to``.
         """
         its_rank, its_world = default_rank()
+        if rank is None and world_size is not None and its_world == 1 < world_size:
+            raise InputError(f"loader: world_size={world_size} without rank=, and no torch.distributed that says it")
         options = LoaderOptions(
             batch_size=batch_size,
             batch_tokens=batch_tokens,
@@ -313,7 +319,7 @@ class FeatureCache(Dataset):
             filter=filter,
             rank=its_rank if rank is None else rank,
             world_size=its_world if world_size is None else world_size,
-            device=None if device is None else torch.device(device),
+            device=None if device is None else _device(device),
             threads=threads,
             prefetch=prefetch,
             decode_on_host=decode_on_host,
@@ -347,26 +353,24 @@ class FeatureCache(Dataset):
         return length if max_length is None else min(length, max_length)
 
     def _check_piece(self, piece: Piece, stored: Sequence[np.ndarray]) -> None:
-        """Check a sample as it was read; one that was cut is read again as a whole."""
-        if piece.length < int(self.index.num_tokens[piece.sample]):
-            self[piece.sample]
-        else:
-            self._check_sample(piece.sample, stored)
-
-    def _check_sample(self, i: int, stored: Sequence[np.ndarray]) -> None:
-        """Compare sample i's checksum with that of its stored bytes, tensor by tensor in file order.
+        """Check a sample as it was read; one that was cut is read again as a whole.
 
         Raises:
-            CacheError: they differ.
+            CacheError: its checksum is not that of the index.
         """
-        hasher = sample_hasher(int(self.index.sample_id[i]))
-        for data in stored:
-            hasher.update(data.data)
-        if hasher.intdigest() != int(self.index.checksum[i]):
+        if piece.length < int(self.index.num_tokens[piece.sample]):
+            found = piece.shard.computed_checksum(piece.shard.position_at(piece.start))
+        else:
+            hasher = sample_hasher(int(self.index.sample_id[piece.sample]))
+            for data in stored:
+                hasher.update(data.data)
+            found = hasher.intdigest()
+        if found != int(self.index.checksum[piece.sample]):
+            sample_id, number = int(self.index.sample_id[piece.sample]), int(self.index.shard[piece.sample])
             raise CacheError(
-                f"{self.where}/{shard_name(int(self.index.shard[i]))}",
-                f"sample {self.index.sample_id[i]} does not match its checksum; to mend it run `dflash-cache repair "
-                f"{self.where}`, then the cache's extract command",
+                f"{self.where}/{shard_name(number)}",
+                f"sample {sample_id} does not match its checksum; to mend it run `dflash-cache repair {self.where}`, "
+                "then the cache's extract command",
             )
 
     def _locate(self, i: int) -> tuple[_OpenShard, int, int]:
@@ -382,6 +386,10 @@ class FeatureCache(Dataset):
         return shard, start, start + length
 
     def _shard(self, number: int) -> _OpenShard:
+        if self._pid != os.getpid():
+            # A thread of the parent may have held the lock when a DataLoader worker was forked off.
+            self._lock, self._pid = threading.Lock(), os.getpid()
+            self._opening = {}
         with self._lock:
             if number in self._open_shards:
                 self._open_shards.move_to_end(number)
@@ -474,6 +482,13 @@ def _folder(path: str | os.PathLike[str], options: dict[str, Any], small_files: 
     if cache_dir is not None or options["cache_limit"] is not None:
         raise InputError("cache_dir= and cache_limit= are for a cache at a URL; this one is on the disk already")
     return LocalFolder(Path(os.path.abspath(path)))
+
+
+def _device(name: torch.device | str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InputError(f"loader: device {name!r} is not a torch device; write such as cuda:0 or cpu") from None
 
 
 def _reopen(where: str, options: dict[str, Any], small_files: str) -> FeatureCache:

@@ -6,6 +6,7 @@ final name is therefore whole, whatever happened to the process or the machine (
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -34,11 +35,13 @@ def inside(root: Path, name: str) -> Path:
         raise CacheError(root, f"file name {name!r} is not a plain relative path; it could lead out of the cache")
     path = root / name
     try:
-        # Not strict, so that a path that is not there yet resolves too; a loop of links or a name too long does not.
-        leads_out = not path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError) as error:
-        raise CacheError(path, f"cannot be followed: {error}") from None
-    if leads_out:
+        real = os.path.realpath(path, strict=True)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            raise CacheError(path, f"cannot be followed: {error.strerror}") from None
+        # Not there yet, or not to be looked at: what the names say counts.
+        real = os.path.realpath(path)
+    if not Path(real).is_relative_to(os.path.realpath(root)):
         raise CacheError(path, "leads out of the cache through a symbolic link")
     return path
 

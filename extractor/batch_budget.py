@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from extractor.forward import HiddenStateExtractor
+from extractor.forward import HiddenStateExtractor, row_memory
 from extractor.plan import DEFAULT_BATCH_TOKENS
 
 MOST_BATCH_TOKENS = 131_072
@@ -44,18 +44,13 @@ def find_batch_tokens(extractor: HiddenStateExtractor, device: torch.device, lon
     """
     if device.type != "cuda":
         return DEFAULT_BATCH_TOKENS
-    weight = extractor.target.get_input_embeddings().weight
-    width = len(extractor.target.target_layer_ids) * weight.shape[1]
 
     def fits(tokens: int) -> bool:
         rows = max(1, tokens // longest)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         try:
-            # Two of them: one is copied to the host while the other is filled.
-            out, _other = (torch.empty(rows * longest, width, dtype=weight.dtype, device=device) for _ in range(2))
-            input_ids = torch.zeros(rows, longest, dtype=torch.int64, device=device)
-            extractor.forward(input_ids, [longest] * rows, out)
+            run_once(extractor, rows, longest, device)
         except torch.OutOfMemoryError:
             return False
         finally:
@@ -66,3 +61,12 @@ def find_batch_tokens(extractor: HiddenStateExtractor, device: torch.device, lon
     found = largest_fitting(fits, total)
     torch.cuda.empty_cache()
     return found
+
+
+def run_once(extractor: HiddenStateExtractor, rows: int, longest: int, device: torch.device) -> None:
+    """One pass over ``rows`` rows of ``longest`` tokens with all that a run needs beside it, captures included."""
+    # Two memories: one is copied to the host while the other is filled.
+    (out, extra), _other = (row_memory(extractor, rows * longest, device) for _ in range(2))
+    input_ids = torch.zeros(rows, longest, dtype=torch.int64, device=device)
+    extractor.forward(input_ids, [longest] * rows, out, extra)
+    extractor.nonfinite(out, [longest] * rows, extra)

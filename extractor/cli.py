@@ -12,6 +12,8 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +42,7 @@ app = typer.Typer(
 )
 
 _TARGET, _DATA, _SAMPLES, _SIZES = "The target", "The data", "Samples and loss mask", "Shards and batches"
+_CLUSTER = "A cluster"
 
 Target = Annotated[
     str, typer.Option(help="Hub id or local folder of the target LLM.", rich_help_panel=_TARGET, show_default=False)
@@ -170,11 +173,57 @@ Devices = Annotated[
         show_default=False,
     ),
 ]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="local: this process, --devices, torchrun or srun. ray: actors of a Ray cluster whose nodes all see the "
+        "cache, the data and the target under the same paths (pip install 'dflash-cache\\[ray]').",
+        rich_help_panel=_CLUSTER,
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="With --engine ray: auto (the cluster that this node is of) or host:port. Default: RAY_ADDRESS, or a "
+        "cluster of this machine alone.",
+        rich_help_panel=_CLUSTER,
+        show_default=False,
+    ),
+]
+NumWorkers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="With --engine ray: actors, each with the target. More than there is room for make an autoscaling cluster "
+        "grow. Default: what it has room for at the start; without GPUs, one a node.",
+        rich_help_panel=_CLUSTER,
+        show_default=False,
+    ),
+]
+GpusPerWorker = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="With --engine ray: GPUs of each actor; more than one needs --device-map auto. Default: 1, or 0 with "
+        "--device cpu.",
+        rich_help_panel=_CLUSTER,
+        show_default=False,
+    ),
+]
 DeviceMap = Annotated[
     str | None,
     typer.Option(
         help="auto: divide a target that is too large for one device over all of them, layer by layer (needs the "
         "package accelerate).",
+        rich_help_panel=_TARGET,
+        show_default=False,
+    ),
+]
+TpPlan = Annotated[
+    str | None,
+    typer.Option(
+        help="auto: divide each layer of a target that is too large for one device over all processes of torchrun "
+        "(tensor parallelism); the states round differently.",
         rich_help_panel=_TARGET,
         show_default=False,
     ),
@@ -261,6 +310,7 @@ def extract(
     device: Device = "auto",
     devices: Devices = None,
     device_map: DeviceMap = None,
+    tp_plan: TpPlan = None,
     attn_implementation: Attention = None,
     compile: Compile = False,
     deterministic: Deterministic = False,
@@ -284,6 +334,10 @@ def extract(
         Path | None,
         typer.Option(help="Write a Chrome trace: what each thread and the device did when.", show_default=False),
     ] = None,
+    engine: Engine = "local",
+    address: Address = None,
+    num_workers: NumWorkers = None,
+    gpus_per_worker: GpusPerWorker = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -296,9 +350,36 @@ def extract(
     from extractor.job import extract as run_extract
 
     options, worker = _options(locals()), Worker.from_environment()
+    if tp_plan is not None and devices is not None:
+        raise InputError("--devices runs a whole target on each device, --tp-plan divides one over all; give one")
+    if tp_plan is not None and worker.rank > 0:
+        from extractor.engine.tensor_parallel import follow
+
+        follow(options)
+        return
+    if tp_plan is not None:
+        worker = Worker(local_rank=worker.local_rank)
     if devices is not None and worker.world_size > 1:
         raise InputError("--devices starts workers of its own; leave it out under torchrun or srun")
-    report = extract_on(parse_devices(devices), options) if devices is not None else run_extract(options, worker)
+    if engine not in ("local", "ray"):
+        raise InputError(f"--engine {engine!r}: choose local or ray")
+    if engine == "ray" and options.url is not None:
+        raise InputError(
+            "--engine ray writes to a folder that all nodes share; for a URL use --devices, torchrun or srun"
+        )
+    if engine == "ray":
+        from extractor.engine.ray import RayOptions, extract_with_ray
+
+        if devices is not None or worker.world_size > 1:
+            raise InputError("--engine ray starts workers of its own; leave out --devices, torchrun and srun")
+        cluster = RayOptions(address=address, num_workers=num_workers, gpus_per_worker=gpus_per_worker)
+        report = extract_with_ray(options, cluster)
+    elif (address, num_workers, gpus_per_worker) != (None, None, None):
+        raise InputError("--address, --num-workers and --gpus-per-worker are for --engine ray")
+    elif devices is not None:
+        report = extract_on(parse_devices(devices), options)
+    else:
+        report = run_extract(options, worker)
     if as_json:
         _print(json.dumps(asdict(report)))
         return
@@ -404,16 +485,17 @@ def verify(
     By default every byte is read and checked, so it takes as long as reading the cache (the estimate is shown). Lists
     every problem it finds. Exit code 0: whole; 1: damaged or unfinished; 2: could not run.
     """
+    from cache_format.integrity import PROVES
     from cache_format.integrity import verify as run_verify
 
     if recompute and not target:
         raise InputError("--recompute needs --target, the target that the cache was made with")
     started = time.monotonic()
-    total = _shard_bytes(cache)
-    if not quick:
-        say(f"verify: reading all of {size(total)}")
-    with Reporter("verify", total, "bytes") as reporter:
-        try:
+    with _or_could_not_run():
+        total = _shard_bytes(cache)
+        if not quick:
+            say(f"verify: reading all of {size(total)}; from a disk that gives 1 GB/s, {duration(total / 1e9)}")
+        with Reporter("verify", total, "bytes") as reporter:
             report = run_verify(
                 cache,
                 quick=quick,
@@ -421,18 +503,17 @@ def verify(
                     done, f"{done / max(time.monotonic() - started, 1e-9) / 1e9:.2f} GB/s"
                 ),
             )
-        except CacheError as error:
-            raise InputError(str(error)) from error
     seconds = max(time.monotonic() - started, 1e-9)
     again = None
     if recompute and target and report.whole:
         from extractor.recompute import recompute as run_recompute
 
+        say(f"recompute: loading the target, then {recompute:,} forward passes of a sample each")
         again = run_recompute(cache, target, recompute, device=device, trust_remote_code=trust_remote_code)
         report.problems += again.problems
     if as_json:
         extra = {} if again is None else {"recompute": asdict(again)}
-        _print(json.dumps({**asdict(report), "whole": report.whole, **extra}))
+        _print(json.dumps({**asdict(report), "whole": report.whole, "proves": PROVES[report.depth], **extra}))
     else:
         for problem in report.problems:
             _print(problem)
@@ -441,8 +522,12 @@ def verify(
         _print(
             f"{cache}: {verdict} ({report.depth} check: {report.shards:,} shards, {report.samples:,} samples{speed})"
         )
+        if report.whole:
+            _print(f"this proves: {PROVES[report.depth]}")
         if again is not None:
             _print(f"recomputed {again.samples:,} samples: off by at most {again.largest_error:.2g} of a layer's RMS")
+            if report.whole:
+                _print("this proves: their states belong to their tokens and to that target")
         elif recompute:
             _print("nothing was recomputed: first mend what is listed above")
         if not report.whole:
@@ -469,12 +554,10 @@ def repair(
     from cache_format.repair import plan_repair
     from cache_format.repair import repair as run_repair
 
-    with Reporter("verify", None, "bytes") as reporter:
-        try:
+    with _or_could_not_run():
+        with Reporter("verify", None, "bytes") as reporter:
             report = run_verify(cache, progress=reporter.update)
-        except CacheError as error:
-            raise InputError(str(error)) from error
-    plan = plan_repair(cache, report.problems)
+        plan = plan_repair(cache, report.problems)
     if as_json:
         _print(json.dumps({**asdict(report), "plan": asdict(plan), "dry_run": dry_run}))
     else:
@@ -525,10 +608,8 @@ def export(
 
     if to not in LAYOUTS:
         raise InputError(f"--to {to}: choose one of {', '.join(LAYOUTS)}")
-    try:
+    with _or_could_not_run():
         source = FeatureCache.open(cache, verify="sample")
-    except CacheError as error:
-        raise InputError(str(error)) from error
     plan = plan_export(source, LAYOUTS[to], out)
     done = f", {plan.done_files:,} of them done" if plan.done_files else ""
     say(f"{out}: {plan.files:,} files, {size(plan.bytes)}{done}; {size(plan.free_bytes)} free. Reader: {plan.reader}")
@@ -593,10 +674,8 @@ def recode(
     if as_json:
         _print(json.dumps(asdict(report)))
         return
-    say(
-        f"{out}: complete, {report.shards:,} shards made, {report.done_shards:,} were there; {size(report.bytes_before)} "
-        f"-> {size(report.bytes)}, states {100 * report.ratio:.1f} % of raw"
-    )
+    say(f"{out}: complete, {report.shards:,} shards made, {report.done_shards:,} were there")
+    say(f"{size(report.bytes_before)} -> {size(report.bytes)}; states {100 * report.ratio:.1f} % of raw")
     if report.snr_db:
         say(f"SNR by layer: {', '.join(f'{snr:.1f} dB' for snr in report.snr_db)}")
 
@@ -645,7 +724,7 @@ def _options(arguments: dict[str, Any]) -> Any:
             name=arguments["target"],
             target_layer_ids=None if layers is None else tuple(parse_layer_ids(layers)),
             **taken("num_draft_layers", "dtype", "device", "attn_implementation", "revision", "trust_remote_code"),
-            **taken("device_map", "compile", "deterministic"),
+            **taken("device_map", "tp_plan", "compile", "deterministic"),
         ),
         data=DataOptions(name=arguments["data"], **taken("split", "data_revision", "streaming")),
         prepare=PrepareOptions(
@@ -658,6 +737,17 @@ def _options(arguments: dict[str, Any]) -> Any:
         capture=parse_captures(arguments["capture"]),
         **taken("on_nonfinite", "profile", "codec"),
     )
+
+
+@contextmanager
+def _or_could_not_run() -> Iterator[None]:
+    """Exit code 2 where a cache cannot be looked at, so that 1 means that it was looked at and is damaged."""
+    try:
+        yield
+    except (CacheError, StorageError) as error:
+        raise InputError(str(error)) from error
+    except OSError as error:
+        raise InputError(str(StorageError(error.filename or "the cache", "read", error))) from error
 
 
 def _print(text: object) -> None:

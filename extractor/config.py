@@ -33,6 +33,8 @@ class TargetOptions:
     trust_remote_code: bool = False
     device_map: str | None = None
     """auto: a target too large for one device is divided over several, layer by layer (accelerate)"""
+    tp_plan: str | None = None
+    """auto: divided over all processes of torchrun (tensor parallelism)"""
     compile: bool = False
     """torch.compile the decoder layers"""
     deterministic: bool = False
@@ -40,6 +42,12 @@ class TargetOptions:
     target_layer_ids: tuple[int, ...] | None = None
     num_draft_layers: int = 5
     """used where target_layer_ids is None: the published DFlash default for that many layers"""
+
+    def __post_init__(self) -> None:
+        if self.tp_plan not in (None, "auto"):
+            raise InputError(f"--tp-plan {self.tp_plan!r}: the only plan is auto, transformers' own")
+        if self.tp_plan and self.device_map:
+            raise InputError("--tp-plan and --device-map both divide the target; give one of them")
 
     def layer_ids(self, num_hidden_layers: int) -> list[int]:
         """The layers to capture from a target of ``num_hidden_layers``.
@@ -94,6 +102,8 @@ class ExtractOptions:
             raise InputError(f"--codec {self.codec!r}: choose one of {', '.join(CODECS)}")
         if self.on_nonfinite not in ("fail", "quarantine"):
             raise InputError(f"--on-nonfinite {self.on_nonfinite!r}: choose fail or quarantine")
+        if self.target.tp_plan and self.plan.batch_tokens is None:
+            raise InputError("--batch-tokens auto cannot be tried out with --tp-plan; give a number, such as 8192")
         if self.profile is not None and not self.profile.absolute().parent.is_dir():
             raise InputError(f"--profile {self.profile}: no such folder")
 

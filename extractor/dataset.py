@@ -21,7 +21,7 @@ import datasets
 import xxhash
 from huggingface_hub import HfApi
 
-from cache_format.errors import InputError, StorageError
+from cache_format.errors import DFlashCacheError, InputError, StorageError
 
 if TYPE_CHECKING:
     from extractor.config import DataOptions
@@ -39,6 +39,10 @@ _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.
 
 class BadRow(ValueError):
     """A row that cannot be used; the text says why, without file and row number (see :meth:`Rows.where`)."""
+
+
+class StreamError(DFlashCacheError):
+    """Rows stopped coming (a network, a mount): not a fault of the input, and what was prepared so far stays."""
 
 
 def parse_row(raw: RawRow) -> dict[str, Any] | None:
@@ -139,7 +143,7 @@ class RowSource:
         """Rows ``start`` to ``stop`` (not included), fewer at the end. Streams are quick going forwards only.
 
         Raises:
-            InputError: a file that cannot be read.
+            StreamError: a stream broke off.
         """
         if self._limit is not None:
             stop = min(stop, self._limit)
@@ -181,7 +185,10 @@ class RowSource:
                 try:
                     row = next(rows, None)
                 except Exception as error:
-                    raise _unreadable(f"{part.label} after row {at - self._places[-1][0]}", error) from error
+                    told = _unreadable(f"{part.label} after row {at - self._places[-1][0]}", error)
+                    if not self.columns:
+                        raise told from error
+                    raise StreamError(f"{told}; run the same command again, finished parts are kept") from error
                 if row is None:
                     break
                 at += 1

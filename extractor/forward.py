@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cache_format.captures import LAST_HIDDEN_STATES, LOGSUMEXP, TOPK_IDS, TOPK_VALUES, Captures
 from cache_format.errors import InputError
+from cache_format.safetensors_file import DTYPES
 from extractor.target import HFDFlashTargetModel
 
 UNMASKED, MASKED = "unmasked", "masked"
@@ -99,7 +100,9 @@ class HiddenStateExtractor:
 
         mask = None
         if self.padding == MASKED:
-            mask = (torch.arange(input_ids.shape[1]) < torch.tensor(lengths)[:, None]).to(input_ids)
+            mask = _sent(torch.arange(input_ids.shape[1]) < torch.tensor(lengths)[:, None], input_ids.device).long()
+        if self.target.before_pass is not None:
+            self.target.before_pass(input_ids, lengths, self.padding, self.captures)
         with self.target.hooked(write), self._hooked_head(real, extra), suppress(_Enough):
             output = self.target.model(input_ids=input_ids, attention_mask=mask, **self.target.forward_flags())
             self._write_topk(output.logits, real, extra)
@@ -154,7 +157,7 @@ class HiddenStateExtractor:
         by_token = torch.cat(sums, dim=1).isfinite().logical_not()
         samples = torch.repeat_interleave(
             torch.arange(len(lengths), device=out.device),
-            torch.tensor(lengths, device=out.device),
+            _sent(torch.tensor(lengths), out.device),
             output_size=len(out),
         )
         found = torch.zeros(len(lengths), by_token.shape[1], dtype=torch.int32, device=out.device)
@@ -172,7 +175,23 @@ def _real_tokens(lengths: Sequence[int], longest: int, device: torch.device) -> 
     if all(length == longest for length in lengths):
         return None
     positions = [torch.arange(row * longest, row * longest + length) for row, length in enumerate(lengths)]
-    return torch.cat(positions).to(device, non_blocking=True)
+    return _sent(torch.cat(positions), device)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``, without waiting for what the device has still to do: from page-locked memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def row_memory(extractor: HiddenStateExtractor, tokens: int, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """Memory for the rows of ``tokens`` tokens: hidden_states ``[tokens, L*H]``, and the captures by name."""
+    weight = extractor.target.get_input_embeddings().weight
+    width, dtype = weight.shape[1], weight.dtype
+    out = torch.empty(tokens, len(extractor.target.target_layer_ids) * width, dtype=dtype, device=device)
+    captures = extractor.captures.tensors(dtype, width)
+    return out, {
+        tensor.name: torch.empty(tensor.shape(tokens), dtype=DTYPES[tensor.dtype], device=device) for tensor in captures
+    }
 
 
 def _parts(lengths: Sequence[int], limit: int | None) -> Iterator[slice]:

@@ -11,6 +11,7 @@ import torch
 
 from cache_format.codecs import codec_named
 from extractor.config import ExtractOptions
+from extractor.engine.tensor_parallel import world_size
 from extractor.load_target import target_identity, tokenizer_identity
 from extractor.plan import PLAN_VERSION
 
@@ -39,6 +40,7 @@ def inputs_identity(
         "on_nonfinite": options.on_nonfinite,
         "compile": options.target.compile,
         "deterministic": options.target.deterministic,
+        **({"tp_size": world_size()} if options.target.tp_plan else {}),
         "plan": PLAN_VERSION,
         **{name: value for name, value in asdict(options.plan).items() if value is not None},
     }

@@ -24,11 +24,12 @@ from cache_format.repair import LATER_IDENTITY, QUARANTINE_NAME
 from cache_format.samples import PreparedSamples, part_path
 from cache_format.seal import describe_files, seal
 from cache_format.shard import ShardSchema, shard_name
-from cache_format.storage import make_folder, remove_temporaries
+from cache_format.storage import inside, make_folder, remove_temporaries
 from extractor.batch_budget import find_batch_tokens
 from extractor.config import ExtractOptions
 from extractor.dataset import open_source
 from extractor.deterministic import be_deterministic
+from extractor.engine.tensor_parallel import Group, load_target_part, require_plan, whole_embeddings
 from extractor.engine.worker import Worker
 from extractor.forward import HiddenStateExtractor, padding_mode
 from extractor.identity import inputs_identity, other_software, software
@@ -98,8 +99,13 @@ def extract(
     if stored is not None:
         job.require_same_inputs(stored)
     make_folder(options.out)
+    if options.target.tp_plan:
+        job.group = Group(job.device)
     with writing(options.out, job.worker.job, first=job.clear) as alone:
-        return job.run(alone)
+        report = job.run(alone)
+    if job.group is not None:
+        job.group.stop()
+    return report
 
 
 class Job:
@@ -125,9 +131,13 @@ class Job:
         self.dtype = resolve_dtype(target.dtype, self.device)
         self.config = load_config(target.name, target.revision, target.trust_remote_code)
         self.shape = TargetShape.from_config(self.config)
+        if target.tp_plan:
+            require_plan(self.config)
         self.layer_ids = target.layer_ids(self.shape.num_hidden_layers)
         self.tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
         self.source = open_source(options.data, options.prepare.limit)
+        self.group: Group | None = None
+        """the processes that the target is divided over, with --tp-plan; joined once there may be something to do"""
         self.identity = inputs_identity(
             options,
             config=self.config,
@@ -153,7 +163,8 @@ class Job:
 
     def clear(self) -> None:
         """Make the folders, and remove what killed processes left half-written; before any other worker is there."""
-        for folder in (self.out, self.out / "samples", self.out / "shards", self.out / "target"):
+        # Checked before anything is made or removed: a link would lead both out of the cache.
+        for folder in (self.out, *(inside(self.out, name) for name in ("samples", "shards", "target"))):
             make_folder(folder)
             remove_temporaries(folder)
 
@@ -254,7 +265,7 @@ class Job:
             self.say(f"{self.where}: {len(share) - len(missing):,} of {len(share):,} shards are finished")
         if missing:
             stats = self._run(self.runner(manifest, plan, samples, extractor), missing)
-        return stats, self.sealed(alone)
+        return stats, self.sealed() if alone() else Manifest.read(self.out)
 
     def require_room(self, manifest: Manifest, plan: Plan, share: list[int]) -> list[int]:
         """Those of the shards ``share`` that have no file yet.
@@ -300,7 +311,7 @@ class Job:
         Raises:
             MismatchError: this target decides otherwise than the one that the cache was begun with.
         """
-        target, extractor, decided = self._load(samples)
+        extractor, decided = self._load(samples)
         if manifest.state == "preparing":
             if self.options.plan.batch_tokens is None and "batch_tokens" not in manifest.identity:
                 found = find_batch_tokens(
@@ -308,7 +319,7 @@ class Job:
                 )
                 self.say(f"--batch-tokens auto: {found:,}")
                 decided["batch_tokens"] = found
-            manifest = self.commit(self._planned(manifest, samples, plan, target, decided))
+            manifest = self.commit(self._planned(manifest, samples, plan, decided))
             plan = self.plan(manifest, samples)
         require_same_identity(self.out, manifest.identity, {**manifest.identity, **decided})
         return manifest, plan, extractor
@@ -336,10 +347,8 @@ class Job:
             options = replace(options, batch_tokens=found)
         return Plan(samples.num_tokens, shards_schema(manifest).raw.token_bytes, options)
 
-    def sealed(self, alone: Callable[[], bool]) -> Manifest:
-        """The manifest of state complete, if this worker is the last of its job and nothing is missing."""
-        if not alone():
-            return Manifest.read(self.out)
+    def sealed(self) -> Manifest:
+        """The manifest, of state complete if nothing is missing. Call it with the lock held alone."""
         manifest = Manifest.read(self.out)
         assert manifest.totals is not None
         there = all((self.out / shard_name(number)).exists() for number in range(manifest.totals.shards))
@@ -388,39 +397,53 @@ class Job:
         )
         return samples
 
-    def _load(self, samples: PreparedSamples) -> tuple[HFDFlashTargetModel, HiddenStateExtractor, dict[str, Any]]:
+    def _load(self, samples: PreparedSamples) -> tuple[HiddenStateExtractor, dict[str, Any]]:
         """The target, ready to run, and the part of the identity that only the loaded target decides."""
         options = self.options.target
         if options.deterministic:
             be_deterministic()
         self.say(f"loading target {options.name} ({self.dtype}) on {self.device}")
-        model = load_target(
-            options.name,
-            revision=options.revision,
-            dtype=torch_dtype(self.dtype),
-            device=self.device,
-            attn_implementation=options.attn_implementation,
-            trust_remote_code=options.trust_remote_code,
-            device_map=options.device_map,
-        )
+        if self.group is not None:
+            self.group.load()
+            model = load_target_part(self.options, torch_dtype(self.dtype), self.device)
+            self.embeddings = whole_embeddings(model)
+        else:
+            model = self.embeddings = load_target(
+                options.name,
+                revision=options.revision,
+                dtype=torch_dtype(self.dtype),
+                device=self.device,
+                attn_implementation=options.attn_implementation,
+                trust_remote_code=options.trust_remote_code,
+                device_map=options.device_map,
+            )
         target = HFDFlashTargetModel(model, self.layer_ids)
+        target.before_pass = None if self.group is None else self.group.announce
         if options.compile:
             target.compile()
-        mode = padding_mode(target, longest=int(samples.num_tokens.max()))
+        try:
+            mode = padding_mode(target, longest=int(samples.num_tokens.max()))
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            raise InputError(
+                f"--compile: torch cannot compile this target here: {str(error).splitlines()[0]}. Install what is "
+                "missing (Debian: apt-get install g++ python3-dev) and run the same command again, or begin another "
+                "cache without --compile"
+            ) from error
         attention = getattr(model.config, "_attn_implementation", None) or "eager"
         extractor = HiddenStateExtractor(target, mode, self.options.capture)
-        return target, extractor, {"attn_implementation": attention, "padding": mode}
+        return extractor, {"attn_implementation": attention, "padding": mode}
 
     def _planned(
         self,
         manifest: Manifest,
         samples: PreparedSamples,
         plan: Plan,
-        target: HFDFlashTargetModel,
         decided: dict[str, Any],
     ) -> Manifest:
         """The manifest of state extracting; the target's folder is written first."""
-        tied, scale = write_target_files(self.out, target.model, self.config, self.tokenizer)
+        tied, scale = write_target_files(self.out, self.embeddings, self.config, self.tokenizer)
         totals = Totals(
             parts=sum(1 for _ in (self.out / "samples").glob("samples-*.arrow")),
             samples=len(samples),

@@ -98,8 +98,11 @@ def load_target(
     attn_implementation: str | None,
     trust_remote_code: bool,
     device_map: str | None = None,
+    tp_size: int | None = None,
 ) -> nn.Module:
     """The target with its weights, frozen, in eval mode, on ``device`` or divided as ``device_map`` says.
+
+    With ``tp_size`` it is divided over as many processes (tensor parallelism), which all call this together.
 
     Raises:
         InputError: it cannot be loaded so; says why.
@@ -111,6 +114,8 @@ def load_target(
         options["attn_implementation"] = attn_implementation
     if device_map:
         options["device_map"] = device_map
+    if tp_size:
+        options["distributed_config"] = _tensor_parallel(tp_size)
     config = load_config(name, revision, trust_remote_code)
     known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
         config, "auto_map", {}
@@ -118,9 +123,18 @@ def load_target(
     kind = AutoModelForCausalLM if known else AutoModelForImageTextToText
     model: nn.Module = _loaded(kind.from_pretrained, name, **options)
     try:
-        return (model if device_map else model.to(device)).eval().requires_grad_(False)
+        return (model if device_map or tp_size else model.to(device)).eval().requires_grad_(False)
     except torch.OutOfMemoryError:
         raise InputError(f"--target {name}: its weights do not fit on {device}; choose a larger --device") from None
+
+
+def _tensor_parallel(tp_size: int) -> Any:
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return DistributedConfig(tp_size=tp_size)
+    except (ImportError, TypeError):
+        raise InputError("--tp-plan needs transformers 5.17 or newer; pip install -U transformers") from None
 
 
 def target_identity(name: str, revision: str | None, config: Any) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from cache_format.errors import CacheError
 from cache_format.manifest import Manifest
 from cache_format.shard import ShardFile, ShardSchema, shard_name
+from cache_format.storage import inside
 from extractor.plan import Plan, ShardPlan
 
 
@@ -34,11 +36,11 @@ def missing_shards(cache: Path, schema: ShardSchema, plan: Plan, numbers: Iterab
     missing = []
     for number in numbers:
         path = cache / shard_name(number)
-        if not path.exists():
+        if not os.path.lexists(path):
             missing.append(number)
             continue
         try:
-            with ShardFile(path, schema, number) as shard:
+            with ShardFile(inside(cache, shard_name(number)), schema, number) as shard:
                 if not _as_planned(shard, plan.shard(number)):
                     raise CacheError(path, "holds other samples than planned")
         except CacheError as error:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cache_format.codecs import RawCodec, RowCodec
 from cache_format.codecs.interface import ENERGY
-from cache_format.encode import encode_shard, room_to_encode
+from cache_format.encode import encode_buffer
 from cache_format.errors import DFlashCacheError
 from cache_format.safetensors_file import DTYPES
 from cache_format.samples import PreparedSamples
@@ -67,6 +67,14 @@ class RunStats:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("seconds", "seconds_waiting_for_disk", "seconds_writing", "seconds_to_first_batch"):
             setattr(self, name, max(getattr(self, name), getattr(other, name)))
+
+
+def added(parts: Iterable[RunStats]) -> RunStats:
+    """What all workers of a job did together."""
+    total = RunStats()
+    for part in parts:
+        total.add(part)
+    return total
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,17 +163,23 @@ class ShardRunner:
         try:
             self.extractor.forward(input_ids.to(self.device, non_blocking=True), lengths, rows, extra)
             return
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if self.extractor.target.before_pass is not None:
+                # Others run the same pass and wait for this process in the middle of it.
+                raise self._too_large(input_ids, number, error) from None
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
         try:
             self.extractor.forward(input_ids.to(self.device), lengths, rows, extra)
         except torch.OutOfMemoryError as error:
-            raise DeviceMemoryError(
-                f"shard {number}: a batch of {input_ids.numel():,} tokens does not fit into the memory of "
-                f"{self.device} ({error}). Finished shards are kept: run the same command on a device with more free "
-                "memory, or begin another cache with a smaller --batch-tokens; the batches of a cache never change."
-            ) from None
+            raise self._too_large(input_ids, number, error) from None
+
+    def _too_large(self, input_ids: Tensor, number: int, error: Exception) -> DeviceMemoryError:
+        return DeviceMemoryError(
+            f"shard {number}: a batch of {input_ids.numel():,} tokens does not fit into the memory of "
+            f"{self.device} ({error}). Finished shards are kept: run the same command on a device with more free "
+            "memory, or begin another cache with a smaller --batch-tokens; the batches of a cache never change."
+        )
 
     def _collate(self, sample_ids: np.ndarray, lengths: np.ndarray, stored: dict[str, Tensor], first: int) -> Tensor:
         """input_ids ``[B, S]`` int64, right-padded with 0; ids and loss masks also go to their rows in the shard."""
@@ -199,7 +213,8 @@ class ShardRunner:
             kept = kept.without(end.nonfinite.any(dim=1).numpy())
         if self.schema.has_blocks:
             with self.timeline.span("encode"):
-                kept = self._encoded(kept)
+                # Memory that each writer thread uses again.
+                kept = self._thread.encoded = encode_buffer(kept, self.schema, getattr(self._thread, "encoded", None))
         with self.timeline.span("checksum and write"):
             num_bytes = kept.commit(self.cache / shard_name(shard.number))
         free.put(buffer)
@@ -212,17 +227,6 @@ class ShardRunner:
     def _filled(self) -> ShardSchema:
         """Of the buffers that the target fills: codecs that work on the host come after it."""
         return self.schema.raw if self.schema.has_blocks else self.schema
-
-    def _encoded(self, filled: ShardBuffer) -> ShardBuffer:
-        """The shard under the codec, in memory that each writer thread uses again."""
-        ids, lengths = filled.tensor("sample_ids").numpy(), np.diff(filled.cu_seqlens)
-        room = room_to_encode(self.schema, filled.number, len(ids), int(filled.cu_seqlens[-1]))
-        buffer: ShardBuffer | None = getattr(self._thread, "encoded", None)
-        if buffer is None or buffer.capacity < room:
-            buffer = self._thread.encoded = ShardBuffer(room)
-        raw = {tensor.name: filled.tensor(tensor.name) for tensor in filled.schema.token_tensors}
-        encode_shard(self.schema, filled.number, ids, lengths, raw, buffer)
-        return buffer
 
     def _refuse_unless_quarantined(self, shard: ShardPlan, bad: Tensor) -> None:
         if self.on_nonfinite == "quarantine":

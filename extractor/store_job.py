@@ -131,7 +131,7 @@ class StoreJob(Job):
         made = super().runner(manifest, plan, samples, extractor)
         return replace(made, on_commit=lambda number: self.upload.commit_shard(schema, number))
 
-    def sealed(self, alone: Callable[[], bool]) -> Manifest:
+    def sealed(self) -> Manifest:
         """See :meth:`Job.sealed`. Two workers that end at once both seal, with the same bytes."""
         manifest = self.upload.manifest()
         if manifest is None:

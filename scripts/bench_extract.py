@@ -23,8 +23,8 @@ Tokens are real tokens. (c) and (d) are our own few lines that do what those pro
 from __future__ import annotations
 
 import argparse
+import gc
 import queue
-import resource
 import statistics
 import tempfile
 import threading
@@ -118,6 +118,12 @@ class Bench:
         mode = padding_mode(self.target, int(self.samples.num_tokens.max()))
         self.extractor = HiddenStateExtractor(self.target, mode)
         self.tokens = int(self.samples.num_tokens.sum())
+        # Of the bare forward nothing but the forward is timed.
+        self.ideal = [
+            self._padded(shard.sample_ids[batch].tolist(), int(shard.num_tokens[batch.start]))
+            for shard in self.plan
+            for batch in shard.batches
+        ]
 
     def _totals(self, shards: int) -> Totals:
         count, tokens = len(self.samples), int(self.samples.num_tokens.sum())
@@ -154,11 +160,9 @@ class Bench:
         padded = 0
         try:
             with torch.inference_mode():
-                for shard in self.plan:
-                    for batch in shard.batches:
-                        ids = self._padded(shard.sample_ids[batch].tolist(), int(shard.num_tokens[batch.start]))
-                        base(input_ids=ids, attention_mask=None, use_cache=False)
-                        padded += ids.numel()
+                for ids in self.ideal:
+                    base(input_ids=ids, attention_mask=None, use_cache=False)
+                    padded += ids.numel()
             self._synchronize()
         finally:
             base.layers = layers
@@ -256,12 +260,23 @@ class Bench:
 def timed(function: Callable[[Path], tuple[int, int]], out: Path, bench: Bench) -> dict[str, Any]:
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    gc.collect()
+    before = host_bytes("VmRSS", from_here=True)
     started = time.perf_counter()
     padded, written = function(out)
     bench._synchronize()
     seconds = time.perf_counter() - started
+    host = (host_bytes("VmHWM") - before) / 2**30
     device = torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else 0.0
-    return {"seconds": seconds, "padded": padded, "written": written, "device": device}
+    return {"seconds": seconds, "padded": padded, "written": written, "device": device, "host": host}
+
+
+def host_bytes(name: str, from_here: bool = False) -> int:
+    """``VmRSS``, this process's memory, or ``VmHWM``, its peak, which is counted ``from_here`` on if asked for."""
+    if from_here:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
 def main() -> None:
@@ -297,14 +312,16 @@ def report(bench: Bench, results: dict[str, list[dict[str, Any]]]) -> None:
         f"{len(bench.samples):,} samples, {bench.tokens:,} tokens, max length {args.max_length}, "
         f"{len(bench.plan)} shards, median of {args.repeat}"
     )
-    print(f"{'':10}{'tok/s':>10}{'of (a)':>8}{'padding':>9}{'GB written':>12}{'GB/s':>7}{'device GiB':>12}")
+    print(
+        f"{'':10}{'tok/s':>10}{'of (a)':>8}{'padding':>9}{'GB written':>12}{'GB/s':>7}{'device GiB':>12}{'host +GiB':>11}"
+    )
     median = {name: statistics.median(r["seconds"] for r in runs) for name, runs in results.items()}
     for name, runs in results.items():
         seconds, last = median[name], runs[-1]
         of_bare = median["bare"] / seconds if "bare" in median else float("nan")
         print(
             f"{name:10}{bench.tokens / seconds:10,.0f}{of_bare:8.1%}{1 - bench.tokens / last['padded']:9.1%}"
-            f"{last['written'] / 1e9:12.2f}{last['written'] / 1e9 / seconds:7.2f}{last['device']:12.1f}"
+            f"{last['written'] / 1e9:12.2f}{last['written'] / 1e9 / seconds:7.2f}{last['device']:12.1f}{max(run['host'] for run in runs):11.2f}"
         )
     if "ours" in median:
         for name in ("nemo", "deepspec"):
@@ -314,9 +331,16 @@ def report(bench: Bench, results: dict[str, list[dict[str, Any]]]) -> None:
     if "bare" in median and bench.device.type == "cuda":
         name = torch.cuda.get_device_name()
         peak = next((value for key, value in PEAK_BF16.items() if key in name), None)
-        share = f", {bench.flops() / median['bare'] / peak:.0%} of {name}'s bf16 peak" if peak else ""
-        print(f"(a): {bench.flops() / median['bare'] / 1e12:.1f} TFLOP/s of real work{share}")
-    print(f"peak host memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, target included")
+        for way in ("bare", "ours"):
+            if way in median:
+                speed = bench.flops() / median[way]
+                share = f", {speed / peak:.0%} of {name}'s bf16 peak" if peak else ""
+                print(f"{way}: {speed / 1e12:.1f} TFLOP/s of real work{share}")
+    largest = int(bench.plan.shard_bytes(bench.manifest.schema()).max()) / 2**30
+    print(
+        f"host +GiB: peak beside target and samples; 3 shards and 1 GiB are {3 * largest + 1:.2f} GiB. "
+        f"Whole process at its end: {host_bytes('VmRSS') / 2**30:.2f} GiB"
+    )
 
 
 if __name__ == "__main__":

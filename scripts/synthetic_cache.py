@@ -11,6 +11,7 @@ import torch
 
 from cache_format.captures import Captures
 from cache_format.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, write_embeddings
+from cache_format.encode import encode_buffer
 from cache_format.manifest import DataInfo, Manifest, TargetInfo, Totals
 from cache_format.samples import PartInfo, PreparedSamples, Sample, part_path, write_part
 from cache_format.seal import describe_files, seal
@@ -42,6 +43,7 @@ def write_cache(
     quarantined: tuple[int, ...] = (),
     only_shards: list[int] | None = None,
     name: str = "synthetic",
+    codec: str = "raw",
 ) -> list[Sample]:
     """A complete cache of samples of ``lengths`` (or, with ``only_shards``, one still extracting); returns its samples.
 
@@ -61,7 +63,7 @@ def write_cache(
     )
     begun = Manifest(
         state="preparing",
-        identity={"name": name},
+        identity={"name": name, "codec": {"name": codec}},
         target=TargetInfo(
             name=name,
             model_type="qwen3",
@@ -72,11 +74,11 @@ def write_cache(
         ),
         target_layer_ids=target_layer_ids,
         dtype=dtype,
-        codec={"name": "raw"},
+        codec={"name": codec},
         capture=Captures().to_dict(),
         created_with={},
     )
-    schema_bytes = begun.schema().token_bytes
+    schema_bytes = begun.schema().raw.token_bytes
     plan = Plan(prepared.num_tokens, schema_bytes, PlanOptions(shard_bytes=shard_bytes))
     manifest = begun.extracting(
         {**begun.identity, "samples": prepared.digest()},
@@ -91,11 +93,12 @@ def write_cache(
         files=describe_files(cache, ["samples/samples-00000.arrow", "samples/samples-00001.arrow", EMBEDDINGS_NAME]),
     )
     manifest.write(cache)
-    buffer = ShardBuffer(max([1, *plan.shard_bytes(manifest.schema()).tolist()]))
+    schema = manifest.schema()
+    buffer = ShardBuffer(max([1, *plan.shard_bytes(schema.raw).tolist()]))
     for shard in plan:
         if only_shards is not None and shard.number not in only_shards:
             continue
-        buffer.begin(manifest.schema(), shard.number, shard.sample_ids, shard.num_tokens)
+        buffer.begin(schema.raw, shard.number, shard.sample_ids, shard.num_tokens)
         for i, sample_id in enumerate(shard.sample_ids.tolist()):
             rows = slice(int(buffer.cu_seqlens[i]), int(buffer.cu_seqlens[i + 1]))
             sample = samples[sample_id]
@@ -103,6 +106,8 @@ def write_cache(
             buffer.tensor("input_ids").numpy()[rows] = sample.input_ids
             buffer.tensor("loss_mask").numpy()[rows] = sample.loss_mask
         kept = buffer.without(np.isin(shard.sample_ids, quarantined)) if quarantined else buffer
+        if codec != "raw":
+            kept = encode_buffer(kept, schema, None)
         kept.commit(cache / shard_name(shard.number))
     if only_shards is None:
         seal(cache, manifest)

@@ -180,11 +180,13 @@ def broken_target(tiny_target: Path, folder: Path) -> Path:
     return folder
 
 
-def test_non_finite_states_stop_the_job_or_are_quarantined(job, tiny_target, tmp_path, cli):
+@pytest.mark.parametrize("codec", ["raw", "fp8", "zbits"])
+def test_non_finite_states_stop_the_job_or_are_quarantined(job, tiny_target, tmp_path, cli, codec):
     question = {"role": "user", "content": "hi"}
     rows = [{"messages": [question, {"role": "assistant", "content": f"{c} ok"}]} for c in "ab~c~"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     job = [*job, "--target", broken_target(tiny_target, tmp_path / "t"), "--data", tmp_path / "rows.jsonl"]
+    job += ["--codec", codec]
     code, _, err = cli("extract", *job, "--out", tmp_path / "a")
     assert code == 1
     assert "sample 2 (dataset row 2" in err or "sample 4 (dataset row 4" in err

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 from synthetic import write_cache
 
 from cache_format.errors import CacheError
 from cache_format.index import Index, read_index, read_shards, write_index, write_shards
 from cache_format.integrity import verify
 from cache_format.manifest import Manifest
+from cache_format.shard import ShardBuffer
 
 LENGTHS = [5, 90, 17, 1, 40, 33, 64, 2, 71, 12, 300, 280, 310]
 
@@ -139,3 +141,20 @@ def test_an_unfinished_cache_is_not_whole(tmp_path):
 def test_what_is_no_cache_cannot_be_verified(tmp_path):
     with pytest.raises(CacheError, match="not a feature cache"):
         verify(tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("attention_mask", 0), ("loss_mask", 2)])
+def test_masks_that_the_format_does_not_allow_are_found(cache, field, value):
+    """A writer's bug again: the checksums fit what it wrote."""
+    manifest = Manifest.read(cache)
+    number, path = 1, shards_of(cache)[1]
+    stored = load_file(path)
+    buffer = ShardBuffer(path.stat().st_size)
+    buffer.begin(manifest.schema(), number, stored["sample_ids"].numpy(), stored["cu_seqlens"].diff().numpy())
+    for name in ("hidden_states", "input_ids", "loss_mask"):
+        buffer.tensor(name).copy_(stored[name])
+    buffer.tensor(field)[3] = value
+    buffer.commit(path)
+    problems = verify(cache).problems
+    assert (field, number, int(stored["sample_ids"][0])) in {(p.field, p.shard, p.sample) for p in problems}
+    assert not any("checksum" in p.problem for p in problems if p.file.startswith("shards/"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
+import signal
 import threading
 
 import numpy as np
@@ -243,6 +245,11 @@ def test_batch_size_or_batch_tokens(cache, options):
         ({"batch_size": 2, "threads": 0}, "threads is 0"),
         ({"batch_size": 2, "seed": -1}, "seed is -1"),
         ({"batch_size": 2, "shuffle": "some"}, "window"),
+        ({"batch_size": 2, "shuffle": 1}, "shuffle is 1"),
+        ({"batch_size": 2, "seed": 1.5}, "seed is 1.5"),
+        ({"batch_size": 2, "device": "gpu"}, "not a torch device"),
+        ({"batch_size": 2, "world_size": 2}, "without rank="),
+        ({"batch_size": 10, "world_size": 2, "rank": 0, "drop_last": True}, "drop_last"),
         ({"batch_size": 2, "rank": 2, "world_size": 2}, "rank 2"),
         ({"batch_size": 2, "world_size": 99, "rank": 0}, "cannot be divided"),
         ({"batch_size": 2, "filter": lambda index: index.num_tokens}, "a bool for each"),
@@ -252,6 +259,38 @@ def test_batch_size_or_batch_tokens(cache, options):
 def test_options_that_cannot_be_are_refused_at_once(cache, options, message):
     with pytest.raises(InputError, match=message):
         cache.loader(**options)
+
+
+def test_no_epoch_below_zero(cache):
+    with pytest.raises(InputError, match="epoch is -1"):
+        cache.loader(2).set_epoch(-1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_cuda_is_refused_at_once(cache):
+    with pytest.raises(InputError, match="no CUDA device"):
+        cache.loader(2, device="cuda")
+
+
+def test_batches_are_where_they_are_wanted(cache):
+    batch = next(iter(cache.loader(2, device="meta")))
+    assert all(tensor.device.type == "meta" for tensor in vars(batch).values() if tensor is not None)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 10**12}, {"batch_tokens": 10**15}])
+def test_a_batch_larger_than_the_cache_takes_no_more_memory_than_the_cache(cache, options):
+    [batch] = cache.loader(**options)
+    assert len(batch.input_ids) == len(LENGTHS)
+
+
+def test_a_worker_forked_while_a_reader_thread_is_in_the_cache(cache):
+    """Its copy of the lock is held by a thread that it does not have."""
+    with cache._lock:
+        pid = os.fork()
+        if not pid:
+            signal.alarm(5)
+            os._exit(0 if len(cache.batch([0, 1]).input_ids) == 2 else 1)
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_ranks_come_from_the_environment(cache, monkeypatch):

@@ -54,7 +54,7 @@ def test_every_sample_once_over_all_ranks(lengths, kind, size, world_size):
     rows = len(batches.row_starts) - 1
     if rows < world_size:
         with pytest.raises(InputError, match="cannot be divided"):
-            require_rows(batches, world_size)
+            require_rows(batches, world_size, False)
         return
     samples, after = taken(batches, 0, world_size)
     assert sorted(samples) == list(range(len(lengths)))
@@ -86,6 +86,41 @@ def test_drop_last_leaves_whole_steps_of_whole_batches(lengths, size, world_size
     for step in range(steps):
         for rank in range(world_size):
             assert len(batch_rows(batches, 0, step, rank, world_size, True)[0]) == size
+
+
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 6))
+def test_the_remainder_keeps_the_token_budget_but_for_rows_that_join(lengths, factor, world_size):
+    """A long sample beside many short ones would be a batch of many times the budget."""
+    budget = 64 * factor
+    rng = random_source(0, 0)
+    batches = batches_by_tokens(full_order(len(lengths), rng), lengths, budget, rng)
+    if len(lengths) < world_size:
+        return
+    steps, rest = num_steps(batches, 0, world_size, False), len(batches) % world_size
+    joined = rest and steps == len(batches) // world_size
+    for step in range(steps):
+        for rank in range(world_size):
+            rows, _ = batch_rows(batches, 0, step, rank, world_size, False)
+            padded = len(rows) * max(int(lengths[row[0]]) for row in rows)
+            assert padded <= (2 * budget if joined and step == steps - 1 else budget)
+
+
+def test_one_long_sample_left_over_does_not_join_many_short_ones():
+    lengths = np.array([4000] * 3 + [40] * 800, np.int32)
+    batches = Batches(
+        np.array([*range(3, 803), 0, 1, 2]),
+        np.arange(804),
+        np.array([0, 400, 800, 803]),
+        lengths[[*range(3, 803), 0, 1, 2]],
+    )
+    shares = [batch_rows(batches, 0, 0, rank, 4, False)[0] for rank in range(4)]
+    assert sorted(int(row[0]) for rows in shares for row in rows) == list(range(803))
+    assert max(len(rows) * max(int(lengths[row[0]]) for row in rows) for rows in shares) <= 16_000
+
+
+def test_drop_last_that_leaves_nothing_is_refused():
+    with pytest.raises(InputError, match="drop_last"):
+        require_rows(batches_by_count(np.arange(9), 4, True), 3, True)
 
 
 def test_too_few_samples_for_the_ranks_of_a_resume_are_counted():

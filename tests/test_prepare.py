@@ -9,13 +9,16 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chat import chat_tokenizer
+from jobs import contents
 from transformers import AutoTokenizer
 
 from cache_format.errors import InputError, StorageError
@@ -324,3 +327,32 @@ def _group_is_alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_stream_that_breaks_off_costs_no_finished_part(
+    job: list[str], cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that is gone after hours is not bad input: exit code 1, and the next run goes on."""
+    job = [*job, "--streaming"]
+    monkeypatch.setattr("extractor.prepare._default_workers", lambda rows: 1)
+    assert cli("extract", *job, "--out", tmp_path / "whole")[0] == 0
+
+    class BreaksOff:
+        def __init__(self, rows: Any, after: int):
+            self.rows, self.after = rows, after
+
+        def __iter__(self) -> Any:
+            yield from islice(self.rows, self.after)
+            raise ConnectionError("the hub hung up")
+
+    load = datasets.load_dataset
+    for after, code in ((110, 1), (50, 2)):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *a, n=after, **k: BreaksOff(load(*a, **k), n))
+        found, _, err = cli("extract", *job, "--out", tmp_path / "c")
+        assert (found, f"after row {after} cannot be read: the hub hung up" in err) == (code, True), err
+        assert "Traceback" not in err
+        assert (tmp_path / "c" / "samples" / "samples-00000.arrow").exists()
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert cli("extract", *job, "--out", tmp_path / "c")[0] == 0
+    assert contents(tmp_path / "c") == contents(tmp_path / "whole")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -149,3 +151,97 @@ def test_a_reader_stays_open_while_a_repair_runs(made, cli, tmp_path):
     assert reader[other].input_ids.numel() > 0
     with pytest.raises(CacheError, match="shard-00001"):
         FeatureCache.open(cache, allow_incomplete=True)._shard(1)
+
+
+def replaced_by_a_link(path: Path, outside: Path) -> None:
+    """The file or folder moves out of the cache, and a link to it takes its place."""
+    path.rename(outside / path.name)
+    path.symlink_to(outside / path.name)
+
+
+def replaced_by_a_loop(path: Path, outside: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("shards/shard-00001.safetensors", replaced_by_a_link),
+        ("shards", replaced_by_a_link),
+        ("samples", replaced_by_a_link),
+        ("target/embeddings.safetensors", replaced_by_a_link),
+        ("shards/shard-00001.safetensors", replaced_by_a_loop),
+        ("samples", replaced_by_a_loop),
+    ],
+)
+def test_a_repair_moves_the_link_and_never_what_it_leads_to(made, job, cli, tmp_path, name, how):
+    cache, outside = shutil.copytree(made, tmp_path / "cache"), tmp_path / "outside"
+    outside.mkdir()
+    how(cache / name, outside)
+    (outside / ".half.tmp").write_bytes(b"not ours")
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(outside.rglob("*"))}
+    code, out, _ = cli("verify", cache)
+    assert code == 1
+    assert ("leads out of the cache" if how is replaced_by_a_link else "cannot be followed") in out
+    code, out, _ = cli("repair", cache, "--yes")
+    assert (code, f"set aside: {name} ->" in out) == (1, True)
+    assert (cache / "quarantine" / name.replace("/", "--")).is_symlink()
+    code, _, err = cli("extract", *job, "--out", cache)
+    assert code == 0, err
+    assert {n: data for n, data in contents(cache).items() if not n.startswith("quarantine/")} == contents(made)
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(outside.rglob("*"))} == before
+
+
+def test_a_quarantine_that_leads_out_of_the_cache_takes_nothing(made, cli, tmp_path):
+    cache, outside = shutil.copytree(made, tmp_path / "cache"), tmp_path / "outside"
+    outside.mkdir()
+    (cache / "quarantine").symlink_to(outside)
+    flip(shards(cache)[1], 70_000)
+    before = contents(cache)
+    code, _, err = cli("repair", cache, "--yes")
+    assert (code, "leads out of the cache through a symbolic link" in err) == (1, True)
+    assert contents(cache) == before
+    assert not list(outside.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["samples", "shards", "target"])
+def test_an_extraction_follows_no_folder_out_of_the_cache(job, cli, tmp_path, folder):
+    """It removes half-written files, and writes: both would be done to somebody else's folder."""
+    out, outside = tmp_path / "cache", tmp_path / "outside"
+    for path in (out, outside):
+        path.mkdir()
+    (outside / ".x.tmp").write_bytes(b"not ours")
+    (out / folder).symlink_to(outside)
+    code, _, err = cli("extract", *job, "--out", out)
+    assert (code, "leads out of the cache" in err, "Traceback" in err) == (1, True, False)
+    assert list(outside.iterdir()) == [outside / ".x.tmp"]
+
+
+def test_a_shard_that_the_disk_will_not_give_is_a_problem_among_the_others(made, cli, tmp_path, monkeypatch):
+    """A bad sector: EIO at one place does not end the search."""
+    cache = shutil.copytree(made, tmp_path / "cache")
+    flip(shards(cache)[3], 70_000)
+    bad, preadv = os.stat(shards(cache)[1]).st_ino, os.preadv
+
+    def with_a_bad_sector(fd, buffers, offset, *flags):
+        if os.fstat(fd).st_ino == bad and offset > 5000:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, buffers, offset, *flags)
+
+    monkeypatch.setattr(os, "preadv", with_a_bad_sector)
+    code, out, _ = cli("verify", cache, "--json")
+    monkeypatch.undo()
+    found = {problem["shard"]: problem["problem"] for problem in json.loads(out)["problems"]}
+    assert (code, sorted(found)) == (1, [1, 3])
+    assert "the device reported an input/output error" in found[1]
+
+
+def test_a_cache_that_cannot_be_looked_at_is_not_called_damaged(made, cli, tmp_path, monkeypatch):
+    def refuse(path, *arguments):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("cache_format.manifest.open_for_reading", refuse)
+    for command in (["verify", made], ["verify", made, "--quick"], ["repair", made]):
+        code, _, err = cli(*command)
+        assert (code, "permission denied" in err) == (2, True)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +34,11 @@ class RunsOutOfMemory:
             forward(extractor, input_ids, lengths, out, extra)
 
         monkeypatch.setattr(HiddenStateExtractor, "forward", failing)
+
+
+CAN_COMPILE = (
+    any(map(shutil.which, ("c++", "g++", "clang++"))) and Path(sysconfig.get_path("include"), "Python.h").exists()
+)
 
 
 def test_a_batch_that_did_not_fit_is_tried_again_and_gives_the_same_bytes(job, made, cli, tmp_path, monkeypatch):
@@ -98,6 +107,7 @@ def test_deterministic_gives_the_same_bits_twice(job, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not CAN_COMPILE, reason="torch.compile needs a C++ compiler and Python's headers")
 def test_compiled_layers_give_the_same_states_but_for_rounding(job, made, cli, tmp_path):
     code, _, errors = cli("extract", *job, "--out", tmp_path / "cache", "--compile", "--limit", "20")
     assert code == 0, errors
@@ -106,3 +116,14 @@ def test_compiled_layers_give_the_same_states_but_for_rounding(job, made, cli, t
         a, b = compiled[i].hidden_states, plain[i].hidden_states
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
     assert compiled.manifest.fingerprint != plain.manifest.fingerprint
+
+
+@pytest.mark.slow
+def test_a_machine_that_cannot_compile_is_told_so(job, tmp_path):
+    (tmp_path / "bin").mkdir()
+    environment = {**os.environ, "PATH": str(tmp_path / "bin"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels")}
+    environment.pop("CXX", None)
+    command = [sys.executable, "-m", "extractor", "extract", *job, "--out", tmp_path / "cache", "--compile"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (result.returncode, "Traceback" in result.stderr) == (2, False), result.stderr
+    assert "--compile: torch cannot compile this target here" in result.stderr

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from cache_format.errors import CacheError, StorageError
-from cache_format.lock import LockedError, writing
+from cache_format.lock import LOCK_NAME, LockedError, writing
 from cache_format.storage import committed, inside, make_folder, remove_temporaries
 
 
@@ -122,3 +122,53 @@ def test_workers_of_one_job_share_the_lock_and_others_are_refused(tmp_path):
     with writing(tmp_path, job="two"):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def lock_as_link(cache):
+    (cache / LOCK_NAME).symlink_to(cache.parent / "precious")
+
+
+def lock_as_dangling_link(cache):
+    (cache / LOCK_NAME).symlink_to(cache.parent / "not-there")
+
+
+def lock_as_loop(cache):
+    (cache / LOCK_NAME).symlink_to(LOCK_NAME)
+
+
+def lock_as_hard_link(cache):
+    os.link(cache.parent / "precious", cache / LOCK_NAME)
+
+
+def lock_as_pipe(cache):
+    os.mkfifo(cache / LOCK_NAME)
+
+
+@pytest.mark.parametrize("attack", [lock_as_link, lock_as_dangling_link, lock_as_loop, lock_as_hard_link, lock_as_pipe])
+def test_a_lock_that_is_another_file_is_refused_and_not_written_to(tmp_path, attack):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (tmp_path / "precious").write_bytes(b"precious")
+    attack(cache)
+    with pytest.raises(CacheError, match=r"\.lock: is .*; remove it"), writing(cache):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["cache", "precious"]
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
+def test_a_lock_that_says_nonsense_is_held_all_the_same(tmp_path):
+    (tmp_path / LOCK_NAME).write_text("[" * 4096)
+    with writing(tmp_path):
+        (tmp_path / LOCK_NAME).write_text("[" * 4096)
+        with pytest.raises(LockedError, match="another process is writing"), writing(tmp_path):
+            pass
+
+
+def test_a_loop_of_links_is_told_from_what_is_not_there_yet(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("shards")
+    for name in ("loop", "loop/a", "x" * 300):
+        with pytest.raises(CacheError, match="cannot be followed"):
+            inside(tmp_path, name)
+    for name in ("shards", "shards/a", "dangling", "dangling/a"):
+        assert inside(tmp_path, name) == tmp_path / name

@@ -13,13 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import contents
+from transformers import AutoModelForCausalLM
 
 from cache_format import InputError
+from cache_format.captures import Captures
 from cache_format.lock import writing
-from extractor.batch_budget import MOST_BATCH_TOKENS, largest_fitting
+from extractor.batch_budget import MOST_BATCH_TOKENS, largest_fitting, run_once
 from extractor.config import parse_batch_tokens
 from extractor.engine.local import parse_devices
 from extractor.engine.worker import Worker
+from extractor.forward import UNMASKED, HiddenStateExtractor
+from extractor.target import HFDFlashTargetModel
 
 EXTRACT = [sys.executable, "-m", "extractor", "extract"]
 
@@ -180,3 +184,14 @@ def test_a_budget_is_no_larger_than_the_data():
     assert parse_batch_tokens("auto") is None
     with pytest.raises(InputError, match="--batch-tokens"):
         parse_batch_tokens("many")
+
+
+def test_what_is_tried_for_auto_is_what_a_run_needs(tiny_target):
+    """Captures included: with logits, a pass takes several times the memory."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32)
+    for captures in (Captures(), Captures(last_hidden_states=True, logits_topk=4)):
+        extractor = HiddenStateExtractor(HFDFlashTargetModel(model, [0, 2]), UNMASKED, captures)
+        heads = []
+        with model.lm_head.register_forward_hook(lambda *_, heads=heads: heads.append(1)):
+            run_once(extractor, 2, 16, torch.device("cpu"))
+        assert bool(heads) == bool(captures.logits_topk)

@@ -23,8 +23,8 @@ SCALES = "hidden_states_scales"
 LARGEST = 448.0
 """of float8_e4m3fn (https://arxiv.org/abs/2209.05433)"""
 
-_HOST_ROWS, _DEVICE_ROWS = 8, 1024
-"""Rows worked on at a time: on the host their float32 values stay in a core's cache, on a device they are few."""
+_HOST_ELEMENTS, _DEVICE_ELEMENTS = 1 << 17, 1 << 24
+"""Worked on at a time: on the host their float32 values stay in a core's cache, on a device they take 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Fp8Codec(RowCodec):
     def encode(self, rows: Tensor, stored: Mapping[str, Tensor], states: States) -> Tensor:
         """Values, scales and energies of ``rows``, worked out where they are. Non-finite tokens count 0 energy."""
         energy = torch.zeros(2, states.layers, dtype=torch.float64, device=rows.device)
-        at_once = _HOST_ROWS if rows.device.type == "cpu" else _DEVICE_ROWS
+        at_once = max(1, (_HOST_ELEMENTS if rows.device.type == "cpu" else _DEVICE_ELEMENTS) // states.width)
         for start in range(0, len(rows), at_once):
             part = slice(start, start + at_once)
             layers = rows[part].view(-1, states.layers, states.hidden_size).float()
@@ -77,10 +77,11 @@ class Fp8Codec(RowCodec):
         shape = (len(out), states.layers, states.hidden_size)
         bits = stored["hidden_states"].view(torch.int8).view(shape).numpy()
         scales, out = stored[SCALES][..., None] * 256.0, out.view(shape)
-        halves = np.empty((min(_HOST_ROWS, len(out)), *shape[1:]), np.int16)
+        at_once = max(1, _HOST_ELEMENTS // states.width)
+        halves = np.empty((min(at_once, len(out)), *shape[1:]), np.int16)
         floats = torch.empty(halves.shape, dtype=torch.float32)
-        for start in range(0, len(out), _HOST_ROWS):
-            rows = slice(start, min(start + _HOST_ROWS, len(out)))
+        for start in range(0, len(out), at_once):
+            rows = slice(start, min(start + at_once, len(out)))
             half, part = halves[: rows.stop - start], floats[: rows.stop - start]
             np.copyto(half, bits[rows])
             np.left_shift(half, 7, out=half)

@@ -7,7 +7,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -16,20 +16,17 @@ import torch
 
 from cache_format.errors import DFlashCacheError, InputError
 from extractor.config import ExtractOptions
+from extractor.engine.shard_queue import WorkerError
 from extractor.engine.worker import Worker
 from extractor.job import ExtractReport, extract, progress_note
 from extractor.progress import Reporter, say
-from extractor.run import RunStats
+from extractor.run import RunStats, added
 from extractor.signals import Stopped, stoppable
 
 SECONDS_TO_STOP = 8.0
 """How long workers may take to stop before they are killed; any instant is safe."""
 
 _REPORT_EVERY_SECONDS = 0.2
-
-
-class WorkerError(DFlashCacheError):
-    """A worker process died."""
 
 
 def parse_devices(text: str) -> list[str]:
@@ -98,26 +95,19 @@ def _follow(processes: dict[Connection, BaseProcess]) -> ExtractReport:
                     reporter.total = todo
                 elif what == "stats":
                     stats[pipe] = value
-                    total = _sum(stats.values())
+                    total = added(stats.values())
                     reporter.update(total.tokens, progress_note(total))
                 else:
                     last, stats[pipe] = value, value.run
     if dead:
         raise _died(dead)
     assert last is not None
-    return replace(last, run=_sum(stats.values()))
+    return replace(last, run=added(stats.values()))
 
 
 def _died(processes: list[BaseProcess]) -> WorkerError:
     names = ", ".join(f"{process.name} (exit code {process.exitcode})" for process in processes)
     return WorkerError(f"died: {names}; run the same command again, it makes the shards that are missing")
-
-
-def _sum(parts: Iterable[RunStats]) -> RunStats:
-    total = RunStats()
-    for part in parts:
-        total.add(part)
-    return total
 
 
 def _stop(processes: list[BaseProcess]) -> None:

@@ -1,0 +1,334 @@
+"""A Ray cluster: the driver prepares, plans, hands out shard numbers and seals; an actor a device makes shards.
+
+Actors come and go. One that has no place yet stops no other; one that dies gives its shards back and another is asked
+for in its place, which an autoscaling cluster answers with a new node. All nodes see the cache, the data and the target
+under the same paths.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from cache_format.errors import CacheError, InputError, MismatchError
+from cache_format.lock import writing
+from cache_format.manifest import MANIFEST_NAME, Manifest
+from cache_format.shard import shard_name
+from cache_format.storage import make_folder
+from extractor.config import ExtractOptions
+from extractor.engine.ray_worker import ShardWorker
+from extractor.engine.shard_queue import ShardQueue, WorkerError
+from extractor.engine.worker import Worker
+from extractor.job import ExtractReport, Job, progress_note, refuse_foreign_folder
+from extractor.load_target import resolve_dtype
+from extractor.plan import Plan
+from extractor.progress import Reporter, say
+from extractor.resume import missing_shards, require_all_files
+from extractor.run import DeviceMemoryError, NonFiniteError, RunStats, added
+
+SHARDS_IN_HAND = 2
+"""Of each actor: one on the device, one being written or waiting for the device."""
+
+BARREN_DEATHS = 3
+"""Deaths for each worker, none of the job having finished a shard between them, after which the job gives up."""
+
+PATIENCE_SECONDS = 120.0
+"""How long the driver waits at the end for the lock of actors that are gone; a network file system takes its time."""
+
+_WAIT_SECONDS, _SAY_EVERY_SECONDS = 0.5, 60.0
+
+FINAL_ERRORS = (InputError, MismatchError, CacheError, NonFiniteError, DeviceMemoryError)
+"""Another worker would say the same; anything else is tried again elsewhere."""
+
+_PASSED_ON = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE")
+"""Environment variables that the actors get from the driver; no credentials among them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayOptions:
+    """Which cluster, and how much of it."""
+
+    address: str | None = None
+    """``auto`` or host:port of a running cluster; None: what RAY_ADDRESS says, or one of this machine alone"""
+    num_workers: int | None = None
+    """actors; None: as many as the cluster has room for at the start (without GPUs: one a node)"""
+    gpus_per_worker: int | None = None
+    """None: 1, or 0 with --device cpu"""
+
+    def __post_init__(self) -> None:
+        if self.address is not None and self.address.startswith("ray://"):
+            raise InputError("--address ray://...: run the command on a node of the cluster, with --address auto")
+
+
+def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractReport:
+    """:func:`extractor.job.extract` by the actors of a Ray cluster.
+
+    Raises:
+        InputError: Ray is not installed, no such cluster, or as there.
+        WorkerError: a shard, or the job, has cost too many workers. Finished shards are kept.
+        DFlashCacheError: as there, of the first actor that failed.
+    """
+    ray = _import_ray()
+    _require_reachable(cluster.address)
+    if options.profile is not None:
+        raise InputError("--profile follows one process; leave it out with --engine ray")
+    gpus = cluster.gpus_per_worker
+    if gpus is None:
+        gpus = 0 if options.target.device == "cpu" else 1
+    # The driver may have no device like the workers': what depends on it is settled here.
+    device = "cuda" if gpus else "cpu"
+    target = replace(options.target, device=device, dtype=resolve_dtype(options.target.dtype, torch.device(device)))
+    name = f"ray {os.getpid()} {secrets.token_hex(8)}"
+    refuse_foreign_folder(options.out)
+    job = Job(replace(options, target=replace(target, device="cpu")), Worker(job=name))
+    if (options.out / MANIFEST_NAME).exists():
+        job.require_same_inputs(Manifest.read(options.out))
+    make_folder(options.out)
+    with writing(options.out, name, first=job.clear) as alone:
+        manifest, stats = job.begun(), RunStats()
+        if manifest.state == "complete":
+            require_all_files(options.out, manifest)
+            say(f"{options.out}: already complete, nothing to do")
+            return job.report(manifest, stats)
+        samples = job.prepared(manifest)
+        plan = job.plan(manifest, samples)
+        absent = job.require_room(manifest, plan, list(range(len(plan))))
+
+        def missing() -> list[int]:
+            return missing_shards(options.out, Manifest.read(options.out).schema(), plan, range(len(plan)))
+
+        if absent or manifest.state == "preparing":
+            arguments = (replace(options, target=target), name, os.getcwd(), _environment())
+            with _connected(ray, cluster):
+                count = cluster.num_workers or _room(ray, gpus)
+                kind = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_concurrency=SHARDS_IN_HAND)
+                fleet = _Fleet(
+                    ray,
+                    lambda: kind(ShardWorker).remote(*arguments),
+                    count,
+                    gpus,
+                    is_there=lambda number: (options.out / shard_name(number)).exists(),
+                )
+                planned = manifest.state != "preparing"
+                stats = fleet.make(missing, plan, planned=planned, at_most=len(absent) or 1)
+        else:
+            missing()
+        return job.report(_sealed(job, alone), stats)
+
+
+@dataclass(eq=False)
+class _Seat:
+    """An actor's place in the job: pending, placed, opening or working, from one actor to the next."""
+
+    actor: Any
+    state: str = "pending"
+    numbers: set[int] = field(default_factory=set)
+    stats: RunStats = field(default_factory=RunStats)
+
+
+class _Fleet:
+    """The driver's side of all actors: what each is doing, what it gave, who takes its place."""
+
+    def __init__(self, ray: Any, start: Callable[[], Any], count: int, gpus: int, is_there: Callable[[int], bool]):
+        self._ray, self._start, self._count, self._gpus, self._is_there = ray, start, count, gpus, is_there
+        self._seats: list[_Seat] = []
+        self._calls: dict[Any, tuple[_Seat, str, int]] = {}
+        self._queue: ShardQueue | None = None
+        self._gone: list[RunStats] = []
+        self._barren, self._said = 0, time.monotonic()
+
+    def make(self, missing: Callable[[], list[int]], plan: Plan, *, planned: bool, at_most: int) -> RunStats:
+        """Make all ``missing`` shards, asked for once the cache is planned: by the first actor, unless it is."""
+        self._missing, self._plan, began = missing, plan, time.monotonic()
+        with Reporter("extract", None, "tokens") as self._reporter:
+            if planned:
+                self._begin()
+            try:
+                for _ in range(min(self._count, at_most)):
+                    self._seats.append(self._seat())
+                while self._queue is None or self._queue:
+                    self._hand_out()
+                    done, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=_WAIT_SECONDS)
+                    for call in done:
+                        if call in self._calls:
+                            self._answered(call)
+                    self._show(time.monotonic() - began)
+                self._close()
+            finally:
+                for seat in self._seats:
+                    self._ray.kill(seat.actor)
+        return self._total(time.monotonic() - began)
+
+    def _begin(self) -> None:
+        numbers = self._missing()
+        if len(numbers) < len(self._plan):
+            say(f"{len(self._plan) - len(numbers):,} of {len(self._plan):,} shards are finished")
+        self._queue = ShardQueue(numbers)
+        self._reporter.total = sum(self._plan.shard(number).tokens for number in numbers)
+
+    def _seat(self) -> _Seat:
+        seat = _Seat(self._start())
+        self._call(seat, "hello")
+        return seat
+
+    def _call(self, seat: _Seat, what: str, number: int = -1) -> None:
+        arguments = (number,) if what == "make" else ()
+        self._calls[getattr(seat.actor, what).remote(*arguments)] = (seat, what, number)
+
+    def _hand_out(self) -> None:
+        for seat in self._seats:
+            first = self._queue is None and all(other.state != "opening" for other in self._seats)
+            if seat.state == "placed" and (self._queue is not None or first):
+                seat.state = "opening"
+                self._call(seat, "open")
+            while self._queue is not None and seat.state == "working" and len(seat.numbers) < SHARDS_IN_HAND:
+                number = self._queue.take()
+                if number is None:
+                    break
+                seat.numbers.add(number)
+                self._call(seat, "make", number)
+
+    def _answered(self, call: Any) -> None:
+        seat, what, number = self._calls.pop(call)
+        try:
+            value = self._ray.get(call)
+        except self._ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, FINAL_ERRORS):
+                raise error.cause from None
+            self._replace(seat, f"{type(error.cause).__name__}: {error.cause}")
+        except self._ray.exceptions.RayError as error:
+            self._replace(seat, str(error).strip().splitlines()[0])
+        else:
+            if what == "hello":
+                seat.state = "placed"
+            elif what == "open":
+                seat.state = "working"
+                if self._queue is None:
+                    self._begin()
+            elif self._queue is not None:
+                self._barren = 0
+                seat.numbers.remove(number)
+                self._queue.made(number)
+                if value.shards > seat.stats.shards:
+                    seat.stats = value
+
+    def _replace(self, seat: _Seat, reason: str) -> None:
+        """Take a dead actor's shards back, and ask for another in its place."""
+        self._barren += 1
+        say(f"a worker is gone, another is asked for; what it had in hand goes to others ({reason})")
+        self._calls = {call: about for call, about in self._calls.items() if about[0] is not seat}
+        self._ray.kill(seat.actor)
+        self._gone.append(seat.stats)
+        self._seats.remove(seat)
+        for number in sorted(seat.numbers, reverse=True):
+            assert self._queue is not None
+            if self._is_there(number):
+                self._queue.made(number)
+            else:
+                self._queue.lost(number, reason)
+        if self._barren >= BARREN_DEATHS * self._count:
+            raise WorkerError(
+                f"{self._barren} workers died one after the other and no shard was finished; the last: {reason}. "
+                "Look at Ray's logs (ray logs), then run the same command again."
+            )
+        self._seats.append(self._seat())
+
+    def _close(self) -> None:
+        """Let living actors give their locks back; a dead one's goes with it."""
+        calls = [seat.actor.close.remote() for seat in self._seats if seat.state == "working"]
+        for call in calls:
+            with suppress(self._ray.exceptions.RayError):
+                self._ray.get(call, timeout=PATIENCE_SECONDS)
+
+    def _show(self, seconds: float) -> None:
+        up = sum(seat.state == "working" for seat in self._seats)
+        total = self._total(seconds)
+        self._reporter.update(total.tokens, f"{up} of {len(self._seats)} workers, {progress_note(total)}")
+        if not any(seat.state != "pending" for seat in self._seats):
+            if time.monotonic() - self._said > _SAY_EVERY_SECONDS:
+                self._said = time.monotonic()
+                say(
+                    f"waiting for a node with 1 CPU and {self._gpus} GPUs free (--gpus-per-worker; without GPUs: "
+                    "--device cpu); `ray status` shows what the cluster has"
+                )
+        else:
+            self._said = time.monotonic()
+
+    def _total(self, seconds: float) -> RunStats:
+        return replace(added([*self._gone, *(seat.stats for seat in self._seats)]), seconds=seconds)
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--engine ray needs Ray: pip install 'dflash-cache[ray]'") from None
+    return ray
+
+
+def _require_reachable(address: str | None) -> None:
+    """Ray itself tries for minutes, and then ends the process.
+
+    Raises:
+        InputError: nobody answers at host:port.
+    """
+    host, colon, port = (address or "").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--address {address}: no Ray cluster to be reached there ({error})") from None
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+
+
+@contextmanager
+def _connected(ray: Any, cluster: RayOptions) -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="error", configure_logging=True)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(f"--address {cluster.address}: no Ray cluster to be reached there ({error})") from None
+    # Ray puts handlers of its own in place.
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _room(ray: Any, gpus: int) -> int:
+    """Actors that the cluster has room for as it is now; at least one, whose node may yet come."""
+    if gpus:
+        return max(1, int(ray.cluster_resources().get("GPU", 0)) // gpus)
+    return max(1, sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes()))
+
+
+def _sealed(job: Job, alone: Callable[[], bool]) -> Manifest:
+    """Seal once no actor can write any more.
+
+    Raises:
+        WorkerError: one still holds the lock.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not alone():
+        if time.monotonic() > deadline:
+            raise WorkerError(
+                f"{job.out}: every shard is made, but another process still holds the lock (a worker on a node that "
+                "was lost, or another job); run the same command again to seal the cache"
+            )
+        time.sleep(0.1)
+    return job.sealed()

@@ -1,0 +1,157 @@
+"""A real Ray cluster of several nodes on this machine: the same bytes as one process, whatever dies or comes late."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from jobs import contents
+
+from extractor.engine.shard_queue import MAX_TRIES, ShardQueue, WorkerError
+
+ray = pytest.importorskip("ray", reason="needs pip install 'dflash-cache[ray]'")
+
+EXTRACT = [sys.executable, "-m", "extractor", "extract"]
+NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
+
+
+@pytest.fixture
+def cluster():
+    """A head without room for actors; tests add nodes with room for one each."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0})
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def long_job(job, demo_jsonl, tmp_path_factory) -> list[str]:
+    """Some hundred shards, ten seconds of work."""
+    data = tmp_path_factory.mktemp("long") / "train.jsonl"
+    data.write_text(demo_jsonl.read_text() * 5)
+    return [*job, "--data", str(data), "--limit", "1500", "--batch-tokens", "512"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(long_job, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("ray") / "cache"
+    subprocess.run([*EXTRACT, *long_job, "--out", out], check=True)
+    return out
+
+
+def start(job: list[str], out: Path, cluster, *options: str) -> subprocess.Popen:
+    arguments = [*job, "--out", str(out), "--engine", "ray", "--address", cluster.address, *options]
+    return subprocess.Popen([*EXTRACT, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_shards(process: subprocess.Popen, out: Path, count: int) -> None:
+    while len(list((out / "shards").glob("shard-*"))) < count:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_costs_its_shards_only_and_a_new_one_takes_its_place(
+    cluster, long_job, uninterrupted, tmp_path
+):
+    out = tmp_path / "cache"
+    victim, _ = cluster.add_node(**NODE), cluster.add_node(**NODE)
+    # Three actors are asked for, and there is room for two: the one without a place stops nobody.
+    process = start(long_job, out, cluster, "--num-workers", "3", "--json")
+    wait_for_shards(process, out, 12)
+    kept = {path: path.stat().st_mtime_ns for path in (out / "shards").glob("shard-*")}
+    cluster.remove_node(victim, allow_graceful=False)
+    cluster.add_node(**NODE)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "a worker is gone" in errors
+    assert "Traceback" not in errors
+    report = json.loads(output)
+    assert report["complete"]
+    assert 0 <= report["shards"] - report["run"]["shards"] <= 2, "no shard is made twice"
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "finished shards are not made again"
+    assert contents(out) == contents(uninterrupted)
+
+
+@pytest.mark.slow
+def test_stopped_and_gone_on_with(cluster, long_job, uninterrupted, tmp_path):
+    out = tmp_path / "cache"
+    cluster.add_node(**NODE)
+    process = start(long_job, out, cluster)
+    wait_for_shards(process, out, 3)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, time.monotonic() - began < 10) == (143, True)
+    assert "To go on:" in errors
+    assert "Traceback" not in errors
+    kept = {path: path.stat().st_mtime_ns for path in (out / "shards").glob("shard-*")}
+    assert 3 <= len(kept) < len(list((uninterrupted / "shards").iterdir()))
+    again = start(long_job, out, cluster)
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert contents(out) == contents(uninterrupted)
+    third = start(long_job, out, cluster)
+    assert "already complete" in third.communicate(timeout=60)[1]
+
+
+@pytest.mark.slow
+def test_what_no_other_worker_could_mend_stops_the_job(cluster, job, tmp_path):
+    """A target that gives NaN: the first actor's error is the command's, with its exit code."""
+    from safetensors.torch import load_file, save_file
+
+    target = Path(job[job.index("--target") + 1])
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in target.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    cluster.add_node(**NODE)
+    process = start([*job, "--target", str(broken)], tmp_path / "cache", cluster)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "NaN or Inf" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "cache" / ".lock").exists()
+
+
+def test_shards_that_are_lost_come_next_and_not_for_ever():
+    queue = ShardQueue([4, 5, 6])
+    assert [queue.take(), queue.take()] == [4, 5]
+    queue.lost(4, "no reason")
+    assert queue.take() == 4
+    for number in (4, 5):
+        queue.made(number)
+    assert queue
+    for _ in range(MAX_TRIES - 1):
+        assert queue.take() == 6
+        assert queue.take() is None
+        queue.lost(6, "killed")
+    queue.take()
+    with pytest.raises(WorkerError, match=r"shard 6 was begun 3 times.*killed"):
+        queue.lost(6, "killed")
+
+
+def test_ray_options_that_cannot_be(job, cli, tmp_path, monkeypatch):
+    for wrong, message in (
+        (["--num-workers", "2"], "--engine ray"),
+        (["--engine", "slurm"], "local or ray"),
+        (["--engine", "ray", "--devices", "cpu,cpu"], "--devices"),
+        (["--engine", "ray", "--address", "ray://head:10001"], "--address auto"),
+        (["--engine", "ray", "--address", "127.0.0.1:1"], "no Ray cluster"),
+    ):
+        code, _, errors = cli("extract", *job, "--out", tmp_path / "cache", *wrong)
+        assert (code, message in errors) == (2, True), errors
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, _, errors = cli("extract", *job, "--out", tmp_path / "cache", "--engine", "ray")
+    assert code == 2
+    assert "pip install 'dflash-cache[ray]'" in errors
