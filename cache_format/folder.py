@@ -200,7 +200,10 @@ class StoreFolder:
 
     def checked(self, name: str, expected: FileInfo | None) -> Path:
         """See :class:`Folder`. A file that an earlier run fetched and that does not match is fetched anew."""
-        was_there, path = (self.path / name).exists(), self.local(name)
+        was_there = inside(self.path, name).exists()
+        if not was_there and expected is not None and self._size(name) != expected.bytes:
+            raise _damaged(self.store.at(name), self.where)
+        path = self.local(name)
         if was_there and not _matches(path, expected):
             path.unlink(missing_ok=True)
             path = self.local(name)

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -684,8 +684,11 @@ def _shard_bytes(cache: Path | str) -> int:
     from cache_format.folder import open_folder
 
     folder = open_folder(cache)
-    names = (f"shards/{name}" for name in folder.names("shards") if name.endswith(".safetensors"))
-    return sum(folder.size(name) or 0 for name in names)
+    total = 0
+    for name in folder.names("shards"):
+        with suppress(CacheError):
+            total += (folder.size(f"shards/{name}") or 0) if name.endswith(".safetensors") else 0
+    return total
 
 
 def _destination(out: Path | str, scratch: Path | None) -> dict[str, Any]:

@@ -76,6 +76,9 @@ def test_a_large_file_goes_up_in_parts_and_is_checked(bucket, s3, proxy, file):
     assert objects(s3, bucket) == {"big": BIG}
     parts = [path for method, path, _ in proxy.requests if method == "PUT" and "partNumber" in path]
     assert len(parts) == 3
+    assert not [path for method, path, _ in proxy.requests if method == "GET"], (
+        "the etag is compared, nothing read back"
+    )
 
 
 def test_what_the_store_kept_wrongly_is_sent_again_then_told(bucket, s3, monkeypatch, quick, tmp_path):

@@ -266,6 +266,14 @@ def test_damage_is_found(url, s3, local, tmp_path):
         FeatureCache.open(url)
 
 
+def test_a_table_of_another_size_is_not_downloaded(url, s3, proxy):
+    put(s3, url, "index.arrow", b"x" * (8 << 20))
+    proxy.requests.clear()
+    with pytest.raises(CacheError, match="does not match its checksum"):
+        FeatureCache.open(url)
+    assert not [path for method, path, _ in proxy.requests if method == "GET" and path.endswith("index.arrow")]
+
+
 def test_embeddings_are_checked(url, s3):
     flip(s3, url, "target/embeddings.safetensors", -1)
     with pytest.raises(CacheError, match=r"embeddings\.safetensors: does not match its checksum"):
