@@ -27,6 +27,20 @@ from cache_format.store import Store
 from cache_format.upload import scratch_folder
 
 
+@pytest.fixture(scope="module")
+def job(job) -> list[str]:
+    """A third of the samples in shards of a quarter: every test here runs it."""
+    return [*job, "--limit", "40", "--shard-size", "512KiB"]
+
+
+@pytest.fixture(scope="module")
+def made(job, tmp_path_factory) -> Path:
+    """The same cache on a disk."""
+    out = tmp_path_factory.mktemp("made") / "cache"
+    subprocess.run([sys.executable, "-m", "extractor", "extract", *job, "--out", out], check=True)
+    return out
+
+
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(store, "PAUSE_SECONDS", 0.01)
