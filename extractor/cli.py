@@ -213,7 +213,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def extract(
     target: Target,
     data: Data,
-    out: Annotated[Path, typer.Option(help="Folder of the cache: new, or begun by the same command.")],
+    out: Annotated[Path, typer.Option(help="Folder of the cache: new, or begun by the same command.", readable=False)],
     target_layers: TargetLayers = None,
     num_draft_layers: NumDraftLayers = 5,
     capture: Capture = [],  # noqa: B006
@@ -322,7 +322,9 @@ def estimate(
 
 @app.command()
 def inspect(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")], as_json: Json = False, debug: Debug = False
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache.", readable=False)],
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """What a cache holds and how it was made; reads the manifest alone."""
     from extractor.inspect import describe, summarise
@@ -333,7 +335,7 @@ def inspect(
 
 @app.command()
 def verify(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache.", readable=False)],
     quick: Annotated[
         bool,
         typer.Option(
@@ -417,7 +419,7 @@ def verify(
 
 @app.command()
 def repair(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache.", readable=False)],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask, on a terminal.")] = False,
     as_json: Json = False,
@@ -462,7 +464,7 @@ def repair(
 
 @app.command()
 def export(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache.", readable=False)],
     out: Annotated[Path, typer.Argument(help="Folder to write: new, or begun by the same command.")],
     to: Annotated[
         str,
