@@ -268,7 +268,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def extract(
     target: Target,
     data: Data,
-    out: Annotated[Path, typer.Option(help="Folder of the cache: new, or begun by the same command.")],
+    out: Annotated[Path, typer.Option(help="Folder of the cache: new, or begun by the same command.", readable=False)],
     target_layers: TargetLayers = None,
     num_draft_layers: NumDraftLayers = 5,
     capture: Capture = [],  # noqa: B006
@@ -407,7 +407,9 @@ def estimate(
 
 @app.command()
 def inspect(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")], as_json: Json = False, debug: Debug = False
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache.", readable=False)],
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """What a cache holds and how it was made; reads the manifest alone."""
     from extractor.inspect import describe, summarise
@@ -418,7 +420,7 @@ def inspect(
 
 @app.command()
 def verify(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache.", readable=False)],
     quick: Annotated[
         bool,
         typer.Option(
@@ -458,7 +460,7 @@ def verify(
     with _or_could_not_run():
         total = sum(path.lstat().st_size for path in (cache / "shards").glob("*.safetensors"))
         if not quick:
-            say(f"verify: reading all of {size(total)}; from a disk that gives 1 GB/s, {duration(total / 1e9)}")
+            say(f"verify: reading all of {size(total)}; at 1 GB/s that takes {duration(max(total / 1e9, 1))}")
         with Reporter("verify", total, "bytes") as reporter:
             report = run_verify(
                 cache,
@@ -502,7 +504,7 @@ def verify(
 
 @app.command()
 def repair(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache.", readable=False)],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask, on a terminal.")] = False,
     as_json: Json = False,
@@ -547,7 +549,7 @@ def repair(
 
 @app.command()
 def export(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache.", readable=False)],
     out: Annotated[Path, typer.Argument(help="Folder to write: new, or begun by the same command.")],
     to: Annotated[
         str,
