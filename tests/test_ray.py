@@ -20,8 +20,16 @@ EXTRACT = [sys.executable, "-m", "extractor", "extract"]
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As Ray gives an actor of one CPU; more would only wait for each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 @pytest.fixture
-def cluster():
+def cluster(one_thread):
     """A head without room for actors; tests add nodes with room for one each."""
     from ray.cluster_utils import Cluster
 
@@ -39,7 +47,7 @@ def long_job(job, demo_jsonl, tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(long_job, tmp_path_factory) -> Path:
+def uninterrupted(one_thread, long_job, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("ray") / "cache"
     subprocess.run([*EXTRACT, *long_job, "--out", out], check=True)
     return out
