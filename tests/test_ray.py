@@ -80,6 +80,7 @@ def test_a_node_that_dies_costs_its_shards_only_and_a_new_one_takes_its_place(
     assert process.returncode == 0, errors
     assert "a worker is gone" in errors
     assert "Traceback" not in errors
+    assert output.count("\n") == 1, output
     report = json.loads(output)
     assert report["complete"]
     assert 0 <= report["shards"] - report["run"]["shards"] <= 2, "no shard is made twice"

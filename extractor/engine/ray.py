@@ -11,9 +11,10 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -304,10 +305,12 @@ def _connected(ray: Any, cluster: RayOptions) -> Iterator[None]:
     # Ray puts handlers of its own in place.
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    # Ray prints what it hears of dead nodes, the last of it as it shuts down; stdout is for the report.
+    with redirect_stdout(sys.stderr):
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _room(ray: Any, gpus: int) -> int:
