@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,9 @@ class ByteSource(Protocol):
             CacheError: the file ended early.
             StorageError: the operating system, or the store, refused.
         """
+
+    def keep(self, start: int, stop: int) -> None:
+        """Say that bytes ``start`` to ``stop`` will be read in small pieces: a remote source reads them at once."""
 
     def close(self) -> None:
         """Give back what is held. Closing twice is harmless."""
@@ -57,6 +61,25 @@ class LocalFile:
                 view, offset = view[count:], offset + count
         except OSError as error:
             raise StorageError(self.where, "read", error) from error
+
+    def keep(self, start: int, stop: int) -> None:
+        """Nothing: the system's page cache does it."""
+
+    def map(self) -> mmap.mmap:
+        """The file in memory; writing to it changes no file.
+
+        Raises:
+            StorageError: the operating system refused.
+        """
+        try:
+            return mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise StorageError(self.where, "map", OSError(getattr(error, "errno", None) or 0, str(error))) from error
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether its name is gone, so that closing it frees the disk."""
+        return os.fstat(self._fd).st_nlink == 0
 
     def close(self) -> None:
         """See :class:`ByteSource`."""

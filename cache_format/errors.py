@@ -75,3 +75,15 @@ class StorageError(DFlashCacheError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.doing, OSError(*self._cause))
+
+
+class StoreError(StorageError):
+    """An object store refused a read or a write, also when it was tried again: ``path`` is the URL."""
+
+    def __init__(self, url: str, doing: str, reason: str):
+        super().__init__(url, doing, OSError(0, reason))
+        self.reason = reason
+        self.args = (f"{url}: cannot {doing}: {reason}",)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.doing, self.reason)

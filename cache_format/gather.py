@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -89,6 +90,7 @@ def gather(
     allocate: Callable[[int], Tensor],
     check: Check | None = None,
     decode: bool = True,
+    readers: Executor | None = None,
 ) -> Gathered:
     """Read ``pieces`` into a batch ``[rows, length]``; what no piece fills is zero, its masks too.
 
@@ -98,6 +100,7 @@ def gather(
         allocate: gives uint8 memory, of a size in bytes, for all tensors of the batch together.
         check: looks at every sample as it was read.
         decode: False: leave states encoded, where each token is on its own (a :class:`RowCodec`).
+        readers: threads that read the pieces side by side; None: one after the other.
 
     Raises:
         CacheError: a shard ended early; a sample cannot be decoded; what ``check`` raises.
@@ -112,15 +115,20 @@ def gather(
         for name, place in places.items()
     }
     stored_as_it_is = {tensor.name for tensor in in_batch} - (_decoded_names(schema) if decode else set())
-    filled = [0] * rows
-    for piece in pieces:
-        filled[piece.row] = piece.at + piece.length
-        targets = {name: array[piece.row, piece.at : filled[piece.row]] for name, array in arrays.items()}
+
+    def fill(piece: Piece) -> None:
+        targets = {name: array[piece.row, piece.at : piece.at + piece.length] for name, array in arrays.items()}
         stored = _read(schema, piece, {name: targets[name] for name in stored_as_it_is})
         if check is not None:
             check(piece, list(stored.values()))
         if "hidden_states" not in stored_as_it_is:
             _decode(schema, piece, stored, targets["hidden_states"])
+
+    filled = [0] * rows
+    for piece in pieces:
+        filled[piece.row] = piece.at + piece.length
+    for _ in map(fill, pieces) if readers is None else readers.map(fill, pieces):
+        pass
     for row, stop in enumerate(filled):
         for array in arrays.values():
             array[row, stop:] = 0

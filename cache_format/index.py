@@ -6,9 +6,10 @@ samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +17,8 @@ import pyarrow as pa
 from cache_format.arrow_file import read_batch, write_batch
 from cache_format.codecs.interface import ENERGY
 from cache_format.errors import CacheError
+from cache_format.folder import Folder
 from cache_format.shard import ShardFile, ShardSchema, shard_name
-from cache_format.storage import inside
 
 INDEX_NAME = "index.arrow"
 SHARDS_NAME = "shards.arrow"
@@ -90,7 +91,7 @@ class ShardRow:
     """the same of what the codec changed"""
 
 
-def shard_rows(shard: ShardFile) -> tuple[ShardRow, Index]:
+def shard_rows(shard: ShardFile) -> Part:
     """What the tables say of one shard; ``num_loss_tokens`` is counted from its loss_mask."""
     offset, size = shard.row_range("loss_mask", 0, shard.num_tokens)
     mask = np.empty(size, np.uint8)
@@ -118,16 +119,27 @@ def shard_rows(shard: ShardFile) -> tuple[ShardRow, Index]:
     )
 
 
-def tables_from_shards(cache: Path, schema: ShardSchema, numbers: Iterable[int]) -> tuple[list[ShardRow], Index]:
-    """Rebuild both tables from shard files; reads heads and loss masks, not hidden_states.
+Part = tuple[ShardRow, Index]
+"""What the tables say of one shard."""
+
+
+def tables_from_shards(
+    folder: Folder, schema: ShardSchema, numbers: Iterable[int], known: Mapping[int, Part] = MappingProxyType({})
+) -> tuple[list[ShardRow], Index]:
+    """Rebuild both tables from shard files; reads heads and loss masks, not hidden_states, nor shards that are known.
 
     Raises:
         CacheError: a shard is missing or damaged.
     """
+
+    def read(number: int) -> Part:
+        if number in known:
+            return known[number]
+        with ShardFile(folder.open(shard_name(number)), schema, number) as shard:
+            return shard_rows(shard)
+
     rows, indexes = [], []
-    for number in numbers:
-        with ShardFile(inside(cache, shard_name(number)), schema, number) as shard:
-            row, index = shard_rows(shard)
+    for row, index in map(read, numbers) if folder.readers is None else folder.readers.map(read, numbers):
         rows.append(row)
         indexes.append(index)
     columns = [

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from cache_format.errors import CacheError, StorageError
+from cache_format.folder import Folder, open_folder
 from cache_format.index import INDEX_NAME, SHARDS_NAME, Index, ShardRow, read_index, read_shards, shard_rows
 from cache_format.manifest import MANIFEST_NAME, Manifest, file_info
-from cache_format.samples import PreparedSamples, Sample
+from cache_format.samples import PreparedSamples, Sample, part_path
 from cache_format.shard import ShardFile, ShardSchema, shard_name
-from cache_format.storage import TEMPORARY_SUFFIX, inside
+from cache_format.storage import TEMPORARY_SUFFIX
 
 PROVES = {
     "quick": "no shard is missing, cut, extra or swapped, and every planned sample is there exactly once; "
@@ -65,9 +66,13 @@ class VerifyReport:
 
 
 def verify(
-    cache: Path, *, quick: bool = False, threads: int | None = None, progress: Callable[[int], None] = lambda done: None
+    cache: Path | str,
+    *,
+    quick: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> VerifyReport:
-    """Check a cache.
+    """Check a cache in a folder or at a URL; of the latter shards are downloaded one a thread, or read by range.
 
     ``quick`` checks the manifest, the tables, every shard's header, size and head, and that each sample is there
     exactly once. Otherwise every byte is checked too: each sample's checksum, its tokens against the prepared
@@ -78,19 +83,22 @@ def verify(
         CacheError: ``cache`` is not a feature cache at all, so there is nothing to verify.
     """
     report = VerifyReport(str(cache), "quick" if quick else "full")
-    if not (cache / MANIFEST_NAME).is_file():
-        raise CacheError(cache, f"is not a feature cache: there is no {MANIFEST_NAME}")
+    folder = open_folder(cache)
+    if not folder.has(MANIFEST_NAME):
+        raise CacheError(folder.where, f"is not a feature cache: there is no {MANIFEST_NAME}")
     try:
-        manifest = Manifest.read(cache)
+        folder.local(MANIFEST_NAME)
+        manifest = Manifest.read(folder.path)
     except CacheError as error:
         report.problems.append(Problem(file=MANIFEST_NAME, problem=error.problem))
         return report
-    return _Verification(cache, manifest, quick, report).run(threads or os.cpu_count() or 1, progress)
+    return _Verification(folder, manifest, quick, report).run(threads or os.cpu_count() or 1, progress)
 
 
 class _Verification:
-    def __init__(self, cache: Path, manifest: Manifest, quick: bool, report: VerifyReport):
-        self.cache, self.manifest, self.quick, self.report = cache, manifest, quick, report
+    def __init__(self, folder: Folder, manifest: Manifest, quick: bool, report: VerifyReport):
+        self.folder, self.cache = folder, folder.path
+        self.manifest, self.quick, self.report = manifest, quick, report
         self.index: Index | None = None
         self.rows: list[ShardRow] | None = None
         self.samples: PreparedSamples | None = None
@@ -131,12 +139,12 @@ class _Verification:
     def _file_problems(self) -> Iterator[Problem]:
         for name, info in self.manifest.files.items():
             try:
-                path = inside(self.cache, name)
-                if not path.is_file():
+                size = self.folder.size(name)
+                if size is None:
                     yield Problem(file=name, problem="is missing")
-                elif path.stat().st_size != info.bytes:
-                    yield Problem(file=name, problem=f"has {path.stat().st_size:,} bytes, expected {info.bytes:,}")
-                elif not self.quick and file_info(path) != info:
+                elif size != info.bytes:
+                    yield Problem(file=name, problem=f"has {size:,} bytes, expected {info.bytes:,}")
+                elif not self.quick and file_info(self.folder.local(name)) != info:
                     yield Problem(file=name, problem="does not match its checksum")
             except (CacheError, StorageError) as error:
                 yield Problem(file=name, problem=_told(error))
@@ -147,6 +155,8 @@ class _Verification:
         totals = self.manifest.totals
         assert totals is not None
         try:
+            for number in range(totals.parts):
+                self.folder.local(f"samples/{part_path(self.cache, number).name}")
             self.samples = PreparedSamples(self.cache / "samples", totals.parts)
             if len(self.samples) != totals.samples or self.samples.digest() != self.manifest.identity.get("samples"):
                 yield Problem(file="samples", problem="the prepared samples are not those of the manifest")
@@ -155,13 +165,13 @@ class _Verification:
         if self.manifest.state != "complete":
             return
         try:
-            self.rows = read_shards(inside(self.cache, SHARDS_NAME), self.manifest.fingerprint)
+            self.rows = read_shards(self.folder.local(SHARDS_NAME), self.manifest.fingerprint)
             if len(self.rows) != totals.shards:
                 yield Problem(file=SHARDS_NAME, problem=f"lists {len(self.rows)} shards, the manifest {totals.shards}")
         except (CacheError, StorageError) as error:
             yield self._problem(error)
         try:
-            self.index = read_index(inside(self.cache, INDEX_NAME), self.manifest.fingerprint)
+            self.index = read_index(self.folder.local(INDEX_NAME), self.manifest.fingerprint)
             # What is there, not what the manifest claims: a claim of 2^60 samples would be allocated.
             known = len(self.index) + len(self.manifest.quarantined) if self.samples is None else len(self.samples)
             yield from self._coverage(self.index, min(totals.samples, known))
@@ -177,8 +187,8 @@ class _Verification:
             most = len(self.samples)
         elif self.rows is not None:
             most = len(self.rows)
-        elif (self.cache / "shards").is_dir():
-            most = sum(1 for _ in (self.cache / "shards").iterdir())
+        else:
+            most = len(self.folder.names("shards"))
         self.num_shards = min(totals.shards, most)
         if self.num_shards < totals.shards:
             problem = f"claims {totals.shards:,} shards, there can be {most:,}"
@@ -202,9 +212,7 @@ class _Verification:
 
     def _extra_files(self) -> Iterator[Problem]:
         planned = {shard_name(number).split("/")[1] for number in range(self.num_shards)}
-        folder = self.cache / "shards"
-        found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        for name in sorted(found - planned):
+        for name in sorted(set(self.folder.names("shards")) - planned):
             if not name.endswith(TEMPORARY_SUFFIX):
                 yield Problem(file=f"shards/{name}", problem="is not a shard of this cache")
 
@@ -226,7 +234,8 @@ class _Verification:
         """Problems of one shard, its samples, and its size in bytes."""
         name = shard_name(number)
         try:
-            with ShardFile(inside(self.cache, name), schema, number) as shard:
+            source = self.folder.open(name) if self.quick else self.folder.open_whole(name)
+            with ShardFile(source, schema, number) as shard:
                 problems = [*self._against_tables(shard, places)]
                 if not self.quick:
                     problems += self._content_problems(shard)
@@ -281,7 +290,7 @@ class _Verification:
     def _problem(self, error: CacheError | StorageError) -> Problem:
         path = Path(error.path)
         name = path.relative_to(self.cache).as_posix() if path.is_relative_to(self.cache) else error.path
-        return Problem(file=name, problem=_told(error))
+        return Problem(file=name.removeprefix(f"{self.folder.where}/"), problem=_told(error))
 
 
 def _told(error: CacheError | StorageError) -> str:

@@ -42,6 +42,7 @@ from cache_format.order import (
     window_order,
 )
 from cache_format.pool import BufferPool
+from cache_format.read_ahead import Turn
 
 if TYPE_CHECKING:
     from cache_format.reader import FeatureCache
@@ -168,10 +169,12 @@ class CacheLoader:
         lost = 0 if options.drop_last else left_out(batches, begun, options.world_size)
         if lost:
             warnings.warn(f"{lost} samples of epoch {self._epoch} are left out: fewer than ranks", stacklevel=2)
-        turns = (
+        turns: Iterator[Turn] = (
             batch_rows(batches, begun, step, options.rank, options.world_size, options.drop_last)
             for step in range(steps)
         )
+        if options.shuffle_kind != "full":
+            turns = self._cache.fetching_ahead(turns, options.window_shards)
         epoch = self._epoch
         on_host = ((gathered.decoded(), done) for gathered, done in self._read_ahead(turns))
         for batch, done in self._to_cuda(turns) if self._on_cuda else on_host:

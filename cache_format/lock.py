@@ -74,7 +74,7 @@ def _acquire(path: Path, job: str | None, first: Callable[[], None]) -> int:
             break
         time.sleep(_PAUSE_SECONDS)
     raise LockedError(
-        f"{path.parent}: {_describe(holder)} is writing this cache. Wait for it, or stop it; its lock goes with it."
+        f"{path.parent}: {describe_holder(holder)} is writing this cache. Wait, or stop it; its lock goes too."
     )
 
 
@@ -135,7 +135,8 @@ def _holder(fd: int) -> dict[str, Any]:
     return holder if isinstance(holder, dict) else {}
 
 
-def _describe(holder: dict[str, Any]) -> str:
+def describe_holder(holder: dict[str, Any]) -> str:
+    """A lock's holder, for a message."""
     if not {"pid", "host", "since"} <= set(holder):
         return "another process"
     return f"process {holder['pid']} on host {holder['host']} (since {holder['since']})"

@@ -203,12 +203,21 @@ class Manifest:
                 text = file.read(MAX_MANIFEST_BYTES + 1)
         except OSError as error:
             raise StorageError(path, "read", error) from error
+        return Manifest.parse(text, path)
+
+    @staticmethod
+    def parse(text: bytes, where: str | os.PathLike[str]) -> Manifest:
+        """Check the content of a manifest.json; ``where`` is its path or URL, for messages.
+
+        Raises:
+            CacheError: damaged, or of a format version that this package does not know.
+        """
         if len(text) > MAX_MANIFEST_BYTES:
-            raise CacheError(path, f"is longer than {MAX_MANIFEST_BYTES >> 20} MiB")
+            raise CacheError(where, f"is longer than {MAX_MANIFEST_BYTES >> 20} MiB")
         try:
             return _parse(json.loads(text))
         except (ValueError, RecursionError) as error:
-            raise CacheError(path, f"is damaged or foreign: {error}") from None
+            raise CacheError(where, f"is damaged or foreign: {error}") from None
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
@@ -234,7 +243,7 @@ def file_info(path: Path) -> FileInfo:
     return FileInfo(bytes=size, checksum=hasher.hexdigest())
 
 
-def require_same_identity(cache: Path, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def require_same_identity(cache: Path | str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Refuse a resume with anything that would change a byte; a field that only one side has differs too.
 
     Raises:

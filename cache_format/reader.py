@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,20 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cache_format.batch import DFlashTargetBatch
+from cache_format.byte_source import ByteSource, LocalFile
 from cache_format.codecs import RawCodec
 from cache_format.embeddings import EMBEDDINGS_NAME, load_input_embeddings, load_output_embeddings
-from cache_format.errors import CacheError, InputError, MismatchError
+from cache_format.errors import CacheError, InputError, MismatchError, StorageError
+from cache_format.folder import Folder, LocalFolder, StoreFolder, open_to_read
 from cache_format.gather import Gathered, Piece, gather, widened
 from cache_format.index import INDEX_NAME, SHARDS_NAME, Index, read_index, read_shards, tables_from_shards
 from cache_format.loader import CacheLoader, LoaderOptions, default_rank
-from cache_format.manifest import Manifest, file_info
+from cache_format.manifest import Manifest
 from cache_format.packing import with_documents
+from cache_format.read_ahead import Turn, reading_ahead
 from cache_format.safetensors_file import DTYPES
 from cache_format.shard import ShardFile, finished_shards, sample_hasher, shard_name
-from cache_format.storage import inside
+from cache_format.store import is_url
 
 MAX_OPEN_SHARDS = 128
 """Shards held open at once: well under the usual limit of 1,024 file descriptors."""
@@ -53,15 +56,21 @@ class FeatureCache(Dataset):
     (fork and spawn) open it anew. Threads may share it.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, index: Index, num_stored_shards: int, options: dict[str, Any]):
+    path: Path
+    """the cache's folder; of a cache at a URL the local folder with its small files"""
+    where: str
+    """path or URL of the cache"""
+
+    def __init__(self, folder: Folder, manifest: Manifest, index: Index, shards: _Shards, options: dict[str, Any]):
         """Not called directly: use :meth:`open`."""
-        self.path = path
+        self.folder, self.path, self.where = folder, folder.path, folder.where
         self.manifest = manifest
         self.index = index
         self._schema = manifest.schema()
-        self._num_shards = num_stored_shards
+        self._shards = shards
         self._options = options
-        self._open_shards: OrderedDict[int, _MappedShard] = OrderedDict()
+        self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._opening: dict[int, threading.Lock] = {}
         self._lock, self._pid = threading.Lock(), os.getpid()
 
     @classmethod
@@ -72,11 +81,16 @@ class FeatureCache(Dataset):
         allow_incomplete: bool = False,
         expect: Mapping[str, Any] | None = None,
         verify: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_limit: int | None = None,
     ) -> FeatureCache:
-        """Open the cache in folder ``path``. Its cost does not grow with the number of samples.
+        """Open the cache in folder ``path``, or at a URL. Its cost does not grow with the number of samples.
+
+        Of a cache at a URL the tables are fetched and their checksums compared. Without ``cache_dir`` samples are read
+        by range, those of a batch side by side; what they are read into is the caller's own memory.
 
         Args:
-            path: the folder that ``dflash-cache extract --out`` wrote.
+            path: the folder, or the URL such as ``s3://bucket/prefix``, that ``dflash-cache extract --out`` wrote.
             allow_incomplete: read what a cache holds whose extraction has not finished; its tables are then
                 rebuilt from the finished shards, which takes time in proportion to their number.
             expect: what the trainer relies on: any of ``target`` (name as given at extraction), ``model_type``,
@@ -85,6 +99,11 @@ class FeatureCache(Dataset):
             verify: ``"sample"`` checks the checksum of each sample as it is read, all its stored bytes; the cost is
                 one pass of XXH3 over them: 0.1 s of a core for each GB, 30 % more processor time than ``batch``
                 takes to read them from the page cache (measured on x86_64). None: only headers are checked.
+            cache_dir: for a URL: download whole shards into this local folder, each sample's checksum checked once,
+                and read them there. The processes of a host may share it. Goes well with ``shuffle="window"``, whose
+                coming shards are downloaded ahead.
+            cache_limit: bytes of shards that ``cache_dir`` may hold; the least recently used are removed first. Give
+                room for two windows (``2 * window_shards`` shards). None: no limit.
 
         Raises:
             CacheError: not a cache, damaged, or not complete.
@@ -93,29 +112,38 @@ class FeatureCache(Dataset):
         """
         if verify not in (None, "sample"):
             raise InputError(f'verify={verify!r}: choose "sample" or None')
-        folder = Path(os.path.abspath(path))
-        manifest = Manifest.read(folder)
-        if expect:
-            _check_expected(folder, manifest, expect)
-        options = {"allow_incomplete": allow_incomplete, "expect": dict(expect or {}), "verify": verify}
+        options = {
+            "allow_incomplete": allow_incomplete,
+            "expect": dict(expect or {}),
+            "verify": verify,
+            "cache_dir": None if cache_dir is None else os.path.abspath(cache_dir),
+            "cache_limit": cache_limit,
+        }
+        return cls._open(_folder(path, options, None), options)
+
+    @classmethod
+    def _open(cls, folder: Folder, options: dict[str, Any]) -> FeatureCache:
+        manifest = Manifest.read(folder.path)
+        if options["expect"]:
+            _check_expected(folder.where, manifest, options["expect"])
         if manifest.state == "complete":
-            index, num_shards = _read_tables(folder, manifest)
-        elif not allow_incomplete:
+            index, shards = _read_tables(folder, manifest)
+        elif not options["allow_incomplete"]:
             raise CacheError(
-                folder,
+                folder.where,
                 f"is not complete (state {manifest.state}); run its `dflash-cache extract` command again to finish "
                 "it, or open it with allow_incomplete=True to read the finished shards",
             )
         elif manifest.totals is None:
-            raise CacheError(folder, "holds no shards yet: its samples are still being prepared")
+            raise CacheError(folder.where, "holds no shards yet: its samples are still being prepared")
         else:
-            finished = finished_shards(folder)
+            finished = finished_shards(folder.names("shards"))
             _, index = tables_from_shards(folder, manifest.schema(), finished)
-            num_shards = manifest.totals.shards
-        return cls(folder, manifest, index, num_shards, options)
+            shards = _Shards(manifest.totals.shards)
+        return cls(folder, manifest, index, shards, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (str(self.path), self._options)
+        return _reopen, (self.where, self._options, str(self.path))
 
     def __len__(self) -> int:
         """Stored samples."""
@@ -124,7 +152,7 @@ class FeatureCache(Dataset):
     def __repr__(self) -> str:
         m = self.manifest
         return (
-            f"FeatureCache({str(self.path)!r}: {len(self):,} samples, target {m.target.name!r}, "
+            f"FeatureCache({self.where!r}: {len(self):,} samples, target {m.target.name!r}, "
             f"target_layer_ids {m.target_layer_ids}, {m.dtype}, codec {m.codec['name']})"
         )
 
@@ -151,7 +179,7 @@ class FeatureCache(Dataset):
         shard, start, stop = self._locate(i)
         if not isinstance(self._schema.codec, RawCodec):
             return self.batch([i])
-        stored = {t.name: shard.view(t.name, start, stop) for t in self._schema.token_tensors}
+        stored = {t.name: shard.rows(t.name, start, stop) for t in self._schema.token_tensors}
         if self._options["verify"]:
             bytes_ = [stored[t.name].reshape(-1).view(torch.uint8).numpy() for t in self._schema.token_tensors]
             self._check_piece(Piece(i, shard.file, start, stop - start, 0, 0), bytes_)
@@ -198,6 +226,10 @@ class FeatureCache(Dataset):
             IndexError, CacheError: as for ``cache[i]``.
         """
         pieces: list[Piece] = []
+        readers = self.folder.readers
+        if readers is not None:
+            # Opening a shard takes the store's answer; all at once.
+            list(readers.map(self._locate, {int(self.index.shard[i]): i for row in rows for i in row}.values()))
         lengths = [[self._take(i, max_length) for i in row] for row in rows]
         for number, (row, sizes) in enumerate(zip(rows, lengths, strict=True)):
             at = 0
@@ -207,7 +239,7 @@ class FeatureCache(Dataset):
                 at += size
         longest = pack_to or max(sum(sizes) for sizes in lengths)
         check = self._check_piece if self._options["verify"] else None
-        gathered = gather(self._schema, pieces, len(rows), longest, allocate, check, decode)
+        gathered = gather(self._schema, pieces, len(rows), longest, allocate, check, decode, readers)
         return gathered if pack_to is None else replace(gathered, batch=with_documents(gathered.batch, lengths))
 
     def __getitems__(self, indices: Sequence[int]) -> list[DFlashTargetBatch]:
@@ -314,15 +346,7 @@ class FeatureCache(Dataset):
         return load_output_embeddings(self.path, self.manifest.target)
 
     def _check_embeddings(self) -> None:
-        path, expected = inside(self.path, EMBEDDINGS_NAME), self.manifest.files.get(EMBEDDINGS_NAME)
-        # The size first: a file of any size may be there.
-        same_size = expected is not None and path.is_file() and path.stat().st_size == expected.bytes
-        if not same_size or file_info(path) != expected:
-            raise CacheError(
-                path,
-                f"does not match its checksum; to mend it run `dflash-cache repair {self.path}`, then the cache's "
-                "extract command",
-            )
+        self.folder.checked(EMBEDDINGS_NAME, self.manifest.files.get(EMBEDDINGS_NAME))
 
     def _take(self, i: int, max_length: int | None) -> int:
         """Tokens taken of sample i."""
@@ -345,54 +369,120 @@ class FeatureCache(Dataset):
         if found != int(self.index.checksum[piece.sample]):
             sample_id, number = int(self.index.sample_id[piece.sample]), int(self.index.shard[piece.sample])
             raise CacheError(
-                self.path / shard_name(number),
-                f"sample {sample_id} does not match its checksum; to mend it run `dflash-cache repair {self.path}`, "
+                f"{self.where}/{shard_name(number)}",
+                f"sample {sample_id} does not match its checksum; to mend it run `dflash-cache repair {self.where}`, "
                 "then the cache's extract command",
             )
 
-    def _locate(self, i: int) -> tuple[_MappedShard, int, int]:
+    def _locate(self, i: int) -> tuple[_OpenShard, int, int]:
         if not -len(self) <= i < len(self):
             raise IndexError(f"sample {i} is outside 0..{len(self) - 1}")
         index = self.index
         number, start, length = int(index.shard[i]), int(index.row_start[i]), int(index.num_tokens[i])
-        if not 0 <= number < self._num_shards:
-            raise CacheError(self.path / INDEX_NAME, f"sample {i}: shard {number} does not exist")
+        if not 0 <= number < self._shards.count:
+            raise CacheError(f"{self.where}/{INDEX_NAME}", f"sample {i}: shard {number} does not exist")
         shard = self._shard(number)
         if length < 1 or start < 0 or start + length > shard.file.num_tokens:
-            raise CacheError(self.path / INDEX_NAME, f"sample {i}: its rows are outside of shard {number}")
+            raise CacheError(f"{self.where}/{INDEX_NAME}", f"sample {i}: its rows are outside of shard {number}")
         return shard, start, start + length
 
-    def _shard(self, number: int) -> _MappedShard:
+    def _shard(self, number: int) -> _OpenShard:
         if self._pid != os.getpid():
             # A thread of the parent may have held the lock when a DataLoader worker was forked off.
             self._lock, self._pid = threading.Lock(), os.getpid()
+            self._opening = {}
         with self._lock:
-            shard = self._open_shards.pop(number, None) or _MappedShard(self.path, self._schema, number)
-            self._open_shards[number] = shard
-            while len(self._open_shards) > MAX_OPEN_SHARDS:
+            if number in self._open_shards:
+                self._open_shards.move_to_end(number)
+                return self._open_shards[number]
+            opening = self._opening.setdefault(number, threading.Lock())
+        # One at a time for each shard, others meanwhile: it may have to be downloaded.
+        with opening:
+            shard = self._open_shards.get(number) or _OpenShard(self._source(number), self._schema, number)
+            with self._lock:
+                self._open_shards[number] = shard
+                self._opening.pop(number, None)
                 # Not closed here: another thread may be reading it. It closes with its last user.
-                self._open_shards.popitem(last=False)
-            return shard
+                while len(self._open_shards) > MAX_OPEN_SHARDS:
+                    self._open_shards.popitem(last=False)
+                if isinstance(self.folder, StoreFolder):
+                    for gone in [n for n, other in self._open_shards.items() if other.is_removed]:
+                        del self._open_shards[gone]
+        return shard
+
+    def _source(self, number: int) -> ByteSource:
+        def check(path: Path) -> None:
+            with ShardFile(path, self._schema, number) as shard:
+                for position, checksum in enumerate(shard.sample_checksums.tolist()):
+                    if shard.computed_checksum(position) != checksum:
+                        name = f"{self.where}/{shard_name(number)}"
+                        raise CacheError(name, f"sample {shard.sample_ids[position]} does not match its checksum")
+
+        return self.folder.open(shard_name(number), self._shards.size(number), check)
+
+    def read_ahead(self, number: int) -> None:
+        """Have shard ``number`` in ``cache_dir``, to be read soon; an error shows when it is read."""
+        with suppress(CacheError, StorageError):
+            self._source(number).close()
+
+    def fetching_ahead(self, turns: Iterator[Turn], window_shards: int) -> Iterator[Turn]:
+        """A loader's ``turns``; with ``cache_dir`` the shards of later ones are downloaded meanwhile."""
+        kept = self.folder.shards if isinstance(self.folder, StoreFolder) else None
+        if kept is None or self._shards.bytes is None:
+            return turns
+        most = window_shards
+        if kept.limit is not None:
+            most = max(1, min(most, kept.limit // int(self._shards.bytes.max(initial=1)) - window_shards))
+        return reading_ahead(turns, self.index.shard, self.read_ahead, most)
 
 
-class _MappedShard:
-    """A checked shard file and its private memory map."""
+@dataclass(frozen=True)
+class _Shards:
+    """What the reader knows of the shards before it opens them."""
 
-    def __init__(self, cache: Path, schema: Any, number: int):
-        path = inside(cache, shard_name(number))
-        self.file = ShardFile(path, schema, number)
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        if len(self._map) != self.file.container.num_bytes:
-            raise CacheError(path, "changed its size while it was opened")
+    count: int
+    bytes: np.ndarray | None = None
+    """of each; None where the tables are not there yet"""
 
-    def view(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a per-token tensor, without a copy."""
+    def size(self, number: int) -> int | None:
+        return None if self.bytes is None else int(self.bytes[number])
+
+
+class _OpenShard:
+    """A checked shard and, where it is on this disk, its private memory map."""
+
+    def __init__(self, source: ByteSource, schema: Any, number: int):
+        self.file = ShardFile(source, schema, number)
+        self._map = source.map() if isinstance(source, LocalFile) else None
+        if self._map is not None and len(self._map) != self.file.container.num_bytes:
+            raise CacheError(source.where, "changed its size while it was opened")
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether its file has no name any more."""
+        return isinstance(self.file.source, LocalFile) and self.file.source.is_removed
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a per-token tensor, without a copy where the file is mapped."""
         place = self.file.container.places[name]
-        offset, _ = self.file.row_range(name, start, stop)
-        count = (stop - start) * place.row_bytes // place.itemsize
-        flat = torch.frombuffer(self._map, dtype=DTYPES[place.dtype], count=count, offset=offset)
+        offset, size = self.file.row_range(name, start, stop)
+        if self._map is not None:
+            count = size // place.itemsize
+            flat = torch.frombuffer(self._map, dtype=DTYPES[place.dtype], count=count, offset=offset)
+        else:
+            flat = torch.empty(size, dtype=torch.uint8)
+            self.file.read_into(offset, flat.numpy())
+            flat = flat.view(DTYPES[place.dtype])
         return flat.view(stop - start, *place.shape[1:])
+
+
+def _folder(path: str | os.PathLike[str], options: dict[str, Any], small_files: Path | None) -> Folder:
+    cache_dir = options["cache_dir"]
+    if isinstance(path, str) and is_url(path):
+        return open_to_read(path, None if cache_dir is None else Path(cache_dir), options["cache_limit"], small_files)
+    if cache_dir is not None or options["cache_limit"] is not None:
+        raise InputError("cache_dir= and cache_limit= are for a cache at a URL; this one is on the disk already")
+    return LocalFolder(Path(os.path.abspath(path)))
 
 
 def _device(name: torch.device | str) -> torch.device:
@@ -402,23 +492,30 @@ def _device(name: torch.device | str) -> torch.device:
         raise InputError(f"loader: device {name!r} is not a torch device; write such as cuda:0 or cpu") from None
 
 
-def _reopen(path: str, options: dict[str, Any]) -> FeatureCache:
-    return FeatureCache.open(path, **options)
+def _reopen(where: str, options: dict[str, Any], small_files: str) -> FeatureCache:
+    return FeatureCache._open(_folder(where, options, Path(small_files)), options)
 
 
-def _read_tables(folder: Path, manifest: Manifest) -> tuple[Index, int]:
+def _read_tables(folder: Folder, manifest: Manifest) -> tuple[Index, _Shards]:
     assert manifest.totals is not None
-    shards = read_shards(inside(folder, SHARDS_NAME), manifest.fingerprint)
-    index = read_index(inside(folder, INDEX_NAME), manifest.fingerprint)
+    if isinstance(folder, StoreFolder):
+        for name in (SHARDS_NAME, INDEX_NAME):
+            folder.checked(name, manifest.files.get(name))
+    shards = read_shards(folder.local(SHARDS_NAME), manifest.fingerprint)
+    index = read_index(folder.local(INDEX_NAME), manifest.fingerprint)
     samples = manifest.totals.samples - len(manifest.quarantined)
     if len(shards) != manifest.totals.shards or sum(row.samples for row in shards) != samples:
-        raise CacheError(folder / SHARDS_NAME, f"does not list {manifest.totals.shards} shards of {samples:,} samples")
+        raise CacheError(
+            f"{folder.where}/{SHARDS_NAME}", f"does not list {manifest.totals.shards} shards of {samples:,} samples"
+        )
     if len(index) != samples:
-        raise CacheError(folder / INDEX_NAME, f"has {len(index):,} samples, the manifest {samples:,}")
-    return index, len(shards)
+        raise CacheError(f"{folder.where}/{INDEX_NAME}", f"has {len(index):,} samples, the manifest {samples:,}")
+    # A table's size of a local shard is not believed: the file says it.
+    sizes = np.array([row.bytes for row in shards], np.int64) if isinstance(folder, StoreFolder) else None
+    return index, _Shards(len(shards), sizes)
 
 
-def _check_expected(folder: Path, manifest: Manifest, expect: Mapping[str, Any]) -> None:
+def _check_expected(where: str, manifest: Manifest, expect: Mapping[str, Any]) -> None:
     unknown = sorted(set(expect) - set(EXPECTABLE))
     if unknown:
         raise InputError(f"expect: a cache has no field {', '.join(unknown)}; it has {', '.join(EXPECTABLE)}")
@@ -437,7 +534,7 @@ def _check_expected(folder: Path, manifest: Manifest, expect: Mapping[str, Any])
     asked = {name: _plain(value) for name, value in expect.items()}
     different = {name: (have[name], asked[name]) for name in asked if have[name] != asked[name]}
     if different:
-        raise MismatchError(f"{folder}: this cache is not what the trainer expects. Different:", different)
+        raise MismatchError(f"{where}: this cache is not what the trainer expects. Different:", different)
 
 
 def _plain(value: Any) -> Any:

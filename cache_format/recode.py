@@ -81,7 +81,7 @@ def recode(
         schema, places = manifest.schema(), _places(source)
         missing = [n for n in range(len(places)) if not _is_done(out, schema, n, source.index.sample_id[places[n]])]
         _require_space(out, schema, [source.index.num_tokens[places[number]] for number in missing])
-        before = [_size(source.path / shard_name(number)) for number in range(len(places))]
+        before = [source.folder.size(shard_name(number)) or 0 for number in range(len(places))]
         progress(sum(before) - sum(before[number] for number in missing))
         worker = _Worker(source, out, schema)
         with ThreadPoolExecutor(threads, thread_name_prefix="recode") as pool:
@@ -149,12 +149,12 @@ def _chosen(source: FeatureCache, codec_name: str) -> Codec:
     except ValueError as error:
         raise InputError(f"--codec: {error}") from None
     if source.manifest.state != "complete":
-        raise InputError(f"{source.path}: only a complete cache can be recoded; finish it with its extract command")
+        raise InputError(f"{source.where}: only a complete cache can be recoded; finish it with its extract command")
     if codec.name == have.name:
-        raise InputError(f"{source.path}: its codec is {have.name} already")
+        raise InputError(f"{source.where}: its codec is {have.name} already")
     if not have.lossless:
         raise InputError(
-            f"{source.path}: its codec {have.name} has rounded the states; recode the cache that it was made from, "
+            f"{source.where}: its codec {have.name} has rounded the states; recode the cache that it was made from, "
             "or extract again with --codec"
         )
     return codec
@@ -194,10 +194,12 @@ def _begin(source: FeatureCache, out: Path, manifest: Manifest) -> None:
         return
     for name, info in manifest.files.items():
         if not (out / name).exists() or file_info(out / name) != info:
-            with open(inside(source.path, name), "rb") as file, committed(inside(out, name)) as copy:
+            with open(source.folder.local(name), "rb") as file, committed(inside(out, name)) as copy:
                 shutil.copyfileobj(file, copy, _COPY_BYTES)
         if file_info(out / name) != info:
-            raise CacheError(source.path / name, "does not match its checksum; run `dflash-cache verify` on its cache")
+            raise CacheError(
+                f"{source.where}/{name}", "does not match its checksum; run `dflash-cache verify` on its cache"
+            )
     manifest.write(out)
 
 

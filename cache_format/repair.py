@@ -8,6 +8,7 @@ prepared again. A damaged manifest is set aside; the same ``extract`` command wr
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -15,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from cache_format.errors import CacheError, StorageError
+from cache_format.folder import Folder, StoreFolder, open_folder
 from cache_format.index import INDEX_NAME, SHARDS_NAME
 from cache_format.integrity import Problem
+from cache_format.lease import leased
 from cache_format.lock import writing
 from cache_format.manifest import MANIFEST_NAME, Manifest
 from cache_format.seal import seal
 from cache_format.storage import inside, is_plain, make_folder, sync_folder
+from cache_format.store import Store, is_url
+from cache_format.upload import Upload
 
 QUARANTINE_NAME = "quarantine"
 _TABLES = frozenset({INDEX_NAME, SHARDS_NAME})
@@ -43,13 +48,15 @@ class RepairPlan:
         return self.state != "complete"
 
 
-def plan_repair(cache: Path, problems: Iterable[Problem]) -> RepairPlan:
+def plan_repair(cache: Path | str, problems: Iterable[Problem]) -> RepairPlan:
     """What mends ``problems``, as :func:`cache_format.integrity.verify` (not the quick one) found them."""
     problems = list(problems)
     named = {problem.file for problem in problems}
-    tables = [name for name in sorted(_TABLES) if os.path.lexists(cache / name)]
+    folder = open_folder(cache)
+    tables = [name for name in sorted(_TABLES) if _is_there(folder, name)]
     try:
-        manifest = Manifest.read(cache)
+        folder.local(MANIFEST_NAME)
+        manifest = Manifest.read(folder.path)
     except CacheError:
         return RepairPlan(set_aside=[*tables, MANIFEST_NAME])
     lost_shards = any(problem.file.startswith("shards/") and problem.shard is not None for problem in problems)
@@ -61,13 +68,20 @@ def plan_repair(cache: Path, problems: Iterable[Problem]) -> RepairPlan:
         state = "extracting"
     aside = {name for name in named if name.startswith(("shards/", "samples/", "target/"))}
     if "samples" in named:
-        aside |= {f"samples/{path.name}" for path in (cache / "samples").glob("*.arrow")}
+        aside |= {f"samples/{name}" for name in folder.names("samples") if name.endswith(".arrow")}
     aside |= named.intersection(tables) if state == "complete" else set(tables)
-    return RepairPlan(set_aside=sorted({entry for name in aside if (entry := _own_entry(cache, name))}), state=state)
+    return RepairPlan(set_aside=sorted({entry for name in aside if (entry := _own_entry(folder, name))}), state=state)
 
 
-def _own_entry(cache: Path, name: str) -> str | None:
+def _is_there(folder: Folder, name: str) -> bool:
+    return name in folder.listing if isinstance(folder, StoreFolder) else os.path.lexists(folder.path / name)
+
+
+def _own_entry(folder: Folder, name: str) -> str | None:
     """What of ``name`` may be moved: the file, or the first symbolic link on the way to it; never a file outside."""
+    if isinstance(folder, StoreFolder):
+        return name if is_plain(name) and _is_there(folder, name) else None
+    cache = folder.path
     try:
         inside(cache, name)
     except CacheError:
@@ -77,7 +91,7 @@ def _own_entry(cache: Path, name: str) -> str | None:
     return name if os.path.lexists(cache / name) else None
 
 
-def repair(cache: Path, plan: RepairPlan) -> None:
+def repair(cache: Path | str, plan: RepairPlan) -> None:
     """Carry out ``plan``: move files to quarantine/, then write the manifest (and the tables, if all shards are there).
 
     Killed at any instant, it can be run again: the manifest changes last.
@@ -87,28 +101,62 @@ def repair(cache: Path, plan: RepairPlan) -> None:
         LockedError: the cache is being written.
         StorageError: the operating system refused.
     """
+    if isinstance(cache, str) and is_url(cache):
+        _repair_at(Store(cache), plan)
+        return
+    cache = Path(cache)
     with writing(cache):
         for name in plan.set_aside:
             _set_aside(cache, name)
         if not plan.state:
             return
-        manifest = Manifest.read(cache)
-        files = {name: info for name, info in manifest.files.items() if name not in _TABLES}
+        manifest = _manifest_afterwards(Manifest.read(cache), plan)
         if plan.state == "complete":
-            seal(cache, replace(manifest, files=files))
-        elif plan.state == "extracting":
-            replace(manifest, state="extracting", files=files, quarantined=[], measured=None).write(cache)
+            seal(cache, manifest)
         else:
-            identity = {name: value for name, value in manifest.identity.items() if name not in LATER_IDENTITY}
-            nothing: dict[str, Any] = {
-                "fingerprint": "",
-                "data": None,
-                "totals": None,
-                "quarantined": [],
-                "measured": None,
-                "files": {},
-            }
-            replace(manifest, state="preparing", identity=identity, **nothing).write(cache)
+            manifest.write(cache)
+
+
+def _repair_at(store: Store, plan: RepairPlan) -> None:
+    """:func:`repair` at a URL: files are copied to quarantine/, then removed."""
+    with leased(store), tempfile.TemporaryDirectory(prefix="dflash-cache-") as scratch:
+        there = set(store.list())
+        for name in plan.set_aside:
+            aside = f"{QUARANTINE_NAME}/{name.replace('/', '--')}"
+            tries = (f"{aside}.{n}" if n else aside for n in count())
+            aside = next(free for free in tries if free not in there)
+            if name in there:
+                store.move(name, aside)
+        if not plan.state:
+            return
+        upload = Upload(store, Path(scratch))
+        manifest = upload.manifest()
+        if manifest is None:
+            raise CacheError(store.url, f"has lost its {MANIFEST_NAME}; run the extract command again")
+        manifest = _manifest_afterwards(manifest, plan)
+        if plan.state == "complete":
+            upload.seal(manifest)
+        else:
+            store.put(MANIFEST_NAME, manifest.to_bytes())
+
+
+def _manifest_afterwards(manifest: Manifest, plan: RepairPlan) -> Manifest:
+    """Without the tables; of state extracting before it is sealed."""
+    files = {name: info for name, info in manifest.files.items() if name not in _TABLES}
+    if plan.state == "complete":
+        return replace(manifest, files=files)
+    if plan.state == "extracting":
+        return replace(manifest, state="extracting", files=files, quarantined=[], measured=None)
+    identity = {name: value for name, value in manifest.identity.items() if name not in LATER_IDENTITY}
+    nothing: dict[str, Any] = {
+        "fingerprint": "",
+        "data": None,
+        "totals": None,
+        "quarantined": [],
+        "measured": None,
+        "files": {},
+    }
+    return replace(manifest, state="preparing", identity=identity, **nothing)
 
 
 def _set_aside(cache: Path, name: str) -> None:

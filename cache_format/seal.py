@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
-from cache_format.index import INDEX_NAME, SHARDS_NAME, ShardRow, tables_from_shards, write_index, write_shards
+from cache_format.folder import Folder, LocalFolder
+from cache_format.index import INDEX_NAME, SHARDS_NAME, Part, ShardRow, tables_from_shards, write_index, write_shards
 from cache_format.manifest import FileInfo, Manifest, Measured, file_info
 
 
-def seal(cache: Path, manifest: Manifest) -> Manifest:
+def seal(
+    cache: Path, manifest: Manifest, shards: Folder | None = None, known: Mapping[int, Part] = MappingProxyType({})
+) -> Manifest:
     """Write index.arrow and shards.arrow from the shards, then the manifest of state complete.
 
     Samples that are in no shard are listed as quarantined.
+
+    Args:
+        cache: the folder in which it is written.
+        manifest: of state extracting.
+        shards: where the shards are; None: in ``cache``.
+        known: what the tables say of shards that need not be read.
 
     Raises:
         CacheError: a shard is missing or damaged; nothing was written.
         StorageError: the operating system refused; the cache stays incomplete.
     """
     assert manifest.totals is not None
-    rows, index = tables_from_shards(cache, manifest.schema(), range(manifest.totals.shards))
+    rows, index = tables_from_shards(
+        shards or LocalFolder(cache), manifest.schema(), range(manifest.totals.shards), known
+    )
     write_index(cache / INDEX_NAME, index, manifest.fingerprint)
     write_shards(cache / SHARDS_NAME, rows, manifest.fingerprint)
     stored = np.zeros(manifest.totals.samples, bool)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,9 +40,9 @@ def shard_name(number: int) -> str:
     return f"shards/shard-{number:05d}.safetensors"
 
 
-def finished_shards(cache: Path) -> list[int]:
-    """Numbers of the shard files that are in the cache, in order."""
-    numbers = (re.fullmatch(r"shard-(\d{5,12})\.safetensors", path.name) for path in (cache / "shards").glob("*"))
+def finished_shards(names: Iterable[str]) -> list[int]:
+    """Numbers of the shards among ``names``, the files in shards/, in order."""
+    numbers = (re.fullmatch(r"shard-(\d{5,12})\.safetensors", name) for name in names)
     return sorted(int(match[1]) for match in numbers if match)
 
 
@@ -225,6 +226,7 @@ class ShardFile:
         try:
             self.container = read_container(self.source)
             self._check_header()
+            self._keep()
             self.cu_seqlens = self._array("cu_seqlens")
             self.sample_ids = self._array("sample_ids")
             self.sample_checksums = self._array("sample_checksums")
@@ -322,6 +324,19 @@ class ShardFile:
         out = np.empty(place.num_bytes, np.uint8)
         self.read_into(place.start, out)
         return out.view(_NUMPY[place.dtype]).reshape(place.shape)
+
+    def _keep(self) -> None:
+        """The head, and the few bytes a token that lie behind the states: each is one read where reads are slow."""
+        places = self.container.places
+        self.source.keep(0, places[self.schema.head(0)[-1].name].stop)
+        narrow = sorted((places[name] for name in ("input_ids", "attention_mask", "loss_mask")), key=lambda p: p.start)
+        start, stop = narrow[0].start, narrow[0].stop
+        for place in narrow[1:]:
+            if place.start != stop:
+                self.source.keep(start, stop)
+                start = place.start
+            stop = place.stop
+        self.source.keep(start, stop)
 
     def _check_header(self) -> None:
         found, places = self.container.metadata, self.container.places

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -260,6 +260,25 @@ Codec = Annotated[
         rich_help_panel=_SIZES,
     ),
 ]
+
+
+def _place(text: str) -> Path | str:
+    """A folder, or a checked URL."""
+    from cache_format.store import is_url, parse_url
+
+    return parse_url(text) if is_url(text) else Path(text)
+
+
+def _folder(text: str) -> Path:
+    place = _place(text)
+    if isinstance(place, str):
+        raise InputError(f"{place}: this command writes to a local folder")
+    return place
+
+
+Cache = Annotated[
+    Any, typer.Argument(help="Folder or URL of the cache.", parser=_place, metavar="CACHE", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Report as JSON on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -268,7 +287,22 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def extract(
     target: Target,
     data: Data,
-    out: Annotated[Path, typer.Option(help="Folder of the cache: new, or begun by the same command.", readable=False)],
+    out: Annotated[
+        str,
+        typer.Option(
+            help="Folder of the cache: new, or begun by the same command. Or a URL: s3://, gs:// or "
+            "hf:// (pip install 'dflash-cache\\[s3]', gcs, hub); credentials from the environment.",
+            show_default=False,
+        ),
+    ],
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            help="With a URL: local folder in which files are made before they are uploaded; it holds the prepared "
+            "samples and a few shards. Default: below the system's temporary folder, the same for a rerun.",
+            show_default=False,
+        ),
+    ] = None,
     target_layers: TargetLayers = None,
     num_draft_layers: NumDraftLayers = 5,
     capture: Capture = [],  # noqa: B006
@@ -329,6 +363,10 @@ def extract(
         raise InputError("--devices starts workers of its own; leave it out under torchrun or srun")
     if engine not in ("local", "ray"):
         raise InputError(f"--engine {engine!r}: choose local or ray")
+    if engine == "ray" and options.url is not None:
+        raise InputError(
+            "--engine ray writes to a folder that all nodes share; for a URL use --devices, torchrun or srun"
+        )
     if engine == "ray":
         from extractor.engine.ray import RayOptions, extract_with_ray
 
@@ -406,11 +444,7 @@ def estimate(
 
 
 @app.command()
-def inspect(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache.", readable=False)],
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
+def inspect(cache: Cache, as_json: Json = False, debug: Debug = False) -> None:
     """What a cache holds and how it was made; reads the manifest alone."""
     from extractor.inspect import describe, summarise
 
@@ -420,7 +454,7 @@ def inspect(
 
 @app.command()
 def verify(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache.", readable=False)],
+    cache: Cache,
     quick: Annotated[
         bool,
         typer.Option(
@@ -458,7 +492,7 @@ def verify(
         raise InputError("--recompute needs --target, the target that the cache was made with")
     started = time.monotonic()
     with _or_could_not_run():
-        total = sum(path.lstat().st_size for path in (cache / "shards").glob("*.safetensors"))
+        total = _shard_bytes(cache)
         if not quick:
             say(f"verify: reading all of {size(total)}; at 1 GB/s that takes {duration(max(total / 1e9, 1))}")
         with Reporter("verify", total, "bytes") as reporter:
@@ -504,7 +538,7 @@ def verify(
 
 @app.command()
 def repair(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache.", readable=False)],
+    cache: Cache,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask, on a terminal.")] = False,
     as_json: Json = False,
@@ -549,8 +583,8 @@ def repair(
 
 @app.command()
 def export(
-    cache: Annotated[Path, typer.Argument(help="Folder of the cache.", readable=False)],
-    out: Annotated[Path, typer.Argument(help="Folder to write: new, or begun by the same command.")],
+    cache: Cache,
+    out: Annotated[Any, typer.Argument(help="Folder to write: new, or begun by the same command.", parser=_folder)],
     to: Annotated[
         str,
         typer.Option(help="specforge, speculators, modelopt, deepspec or nemo-dspark.", show_default=False),
@@ -598,7 +632,7 @@ def export(
 
 @app.command()
 def recode(
-    cache: Annotated[Path, typer.Argument(help="Folder of a complete cache with codec raw or zbits.")],
+    cache: Cache,
     out: Annotated[Path, typer.Argument(help="Folder of the copy: new, or begun by the same command.")],
     codec: Annotated[
         str,
@@ -627,7 +661,7 @@ def recode(
         source = FeatureCache.open(cache, verify="sample")
     except CacheError as error:
         raise InputError(str(error)) from error
-    total = sum(path.stat().st_size for path in (cache / "shards").glob("*.safetensors"))
+    total = _shard_bytes(cache)
     done = 0
 
     def count(num_bytes: int) -> None:
@@ -644,6 +678,29 @@ def recode(
     say(f"{size(report.bytes_before)} -> {size(report.bytes)}; states {100 * report.ratio:.1f} % of raw")
     if report.snr_db:
         say(f"SNR by layer: {', '.join(f'{snr:.1f} dB' for snr in report.snr_db)}")
+
+
+def _shard_bytes(cache: Path | str) -> int:
+    from cache_format.folder import open_folder
+
+    folder = open_folder(cache)
+    total = 0
+    for name in folder.names("shards"):
+        with suppress(CacheError):
+            total += (folder.size(f"shards/{name}") or 0) if name.endswith(".safetensors") else 0
+    return total
+
+
+def _destination(out: Path | str, scratch: Path | None) -> dict[str, Any]:
+    """``out`` and ``url`` of ExtractOptions."""
+    from cache_format.upload import scratch_folder
+
+    place = _place(str(out))
+    if isinstance(place, str):
+        return {"out": scratch_folder(place, scratch), "url": place}
+    if scratch is not None:
+        raise InputError("--scratch is for an --out that is a URL; a folder needs none")
+    return {"out": place}
 
 
 def _options(arguments: dict[str, Any]) -> Any:
@@ -665,7 +722,7 @@ def _options(arguments: dict[str, Any]) -> Any:
 
     layers = arguments["target_layers"]
     return ExtractOptions(
-        out=arguments["out"],
+        **_destination(arguments["out"], arguments.get("scratch")),
         target=TargetOptions(
             name=arguments["target"],
             target_layer_ids=None if layers is None else tuple(parse_layer_ids(layers)),

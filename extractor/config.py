@@ -92,6 +92,8 @@ class ExtractOptions:
     """how hidden_states are stored"""
     on_nonfinite: str = "fail"
     """fail, or quarantine: leave samples with NaN or Inf out and list them"""
+    url: str | None = None
+    """where the cache goes, if not to a folder; ``out`` is then the scratch folder, see cache_format/upload.py"""
     profile: Path | None = None
     """where to write a Chrome trace of the run"""
 

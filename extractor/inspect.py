@@ -6,27 +6,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cache_format.errors import CacheError, InputError
+from cache_format.errors import InputError
+from cache_format.folder import open_folder
 from cache_format.manifest import MANIFEST_NAME, Manifest
 from cache_format.shard import finished_shards, shard_name
 from extractor.progress import size
 
 
-def summarise(cache: Path) -> dict[str, Any]:
+def summarise(cache: Path | str) -> dict[str, Any]:
     """The manifest, and sizes worked out from it.
 
     Raises:
         InputError: ``cache`` is not a feature cache.
         CacheError: its manifest is damaged.
     """
-    if not (cache / MANIFEST_NAME).is_file():
-        raise InputError(str(CacheError(cache, f"is not a feature cache: there is no {MANIFEST_NAME}")))
-    manifest = Manifest.read(cache)
+    folder = open_folder(cache)
+    if not folder.has(MANIFEST_NAME):
+        raise InputError(f"{cache}: is not a feature cache: there is no {MANIFEST_NAME}")
+    folder.local(MANIFEST_NAME)
+    manifest = Manifest.read(folder.path)
     summary = {"cache": str(cache), **asdict(manifest)}
     del summary["files"]
     if manifest.totals is not None:
-        finished = [cache / shard_name(number) for number in finished_shards(cache)]
-        sizes = [path.stat().st_size for path in finished if path.exists()]
+        finished = [shard_name(number) for number in finished_shards(folder.names("shards"))]
+        sizes = [found for name in finished if (found := folder.size(name)) is not None]
         summary |= {
             "finished_shards": len(sizes),
             "shard_bytes": sum(sizes),

@@ -89,6 +89,10 @@ def extract(
     Raises:
         DFlashCacheError: bad input (nothing written), another cache in ``out``, a refused write, non-finite states.
     """
+    if options.url is not None:
+        from extractor.store_job import extract_to_store
+
+        return extract_to_store(options, worker or Worker(), on_todo, on_stats)
     refuse_foreign_folder(options.out)
     job = Job(options, worker or Worker(), on_todo, on_stats)
     stored = Manifest.read(options.out) if (options.out / MANIFEST_NAME).exists() else None
@@ -118,6 +122,7 @@ class Job:
         on_stats: Callable[[RunStats], None] | None = None,
     ):
         self.options, self.out, self.worker = options, options.out, worker
+        self.where = str(options.out)
         self.on_todo, self.on_stats = on_todo, on_stats
         self.started = time.monotonic()
         self.timeline = Timeline(options.profile is not None)
@@ -149,7 +154,7 @@ class Job:
             MismatchError: names each field that differs.
         """
         later = {name: stored.identity[name] for name in (*LATER_IDENTITY, "batch_tokens") if name in stored.identity}
-        require_same_identity(self.out, stored.identity, {**later, **self.identity})
+        require_same_identity(self.where, stored.identity, {**later, **self.identity})
 
     def say(self, text: str) -> None:
         """To the terminal, once a job."""
@@ -167,8 +172,8 @@ class Job:
         """Do this worker's share, from whatever state the cache is in; the last worker brings it to state complete."""
         manifest, stats = self.begun(), RunStats()
         if manifest.state == "complete":
-            require_all_files(self.out, manifest)
-            self.say(f"{self.out}: already complete, nothing to do")
+            self.require_all_files(manifest)
+            self.say(f"{self.where}: already complete, nothing to do")
         else:
             stats, manifest = self._make(manifest, alone)
         return self.report(manifest, stats)
@@ -181,11 +186,9 @@ class Job:
             InputError: the leading worker does not make anything.
         """
         if not self.worker.leads:
-            self._await_plan()
+            self.await_plan()
         if not (self.out / MANIFEST_NAME).exists():
-            manifest = self._begin()
-            manifest.write(self.out)
-            return manifest
+            return self.commit(self._begin())
         manifest = Manifest.read(self.out)
         self.require_same_inputs(manifest)
         changed = other_software(manifest.created_with)
@@ -199,7 +202,7 @@ class Job:
         assert manifest.data is not None
         assert manifest.totals is not None
         return ExtractReport(
-            cache=str(self.out),
+            cache=self.where,
             fingerprint=manifest.fingerprint,
             samples=manifest.totals.samples - len(manifest.quarantined),
             tokens=manifest.totals.tokens,
@@ -210,7 +213,7 @@ class Job:
             complete=manifest.state == "complete",
         )
 
-    def _await_plan(self) -> None:
+    def await_plan(self) -> None:
         """Until the leading worker has prepared the samples and planned the shards.
 
         Raises:
@@ -257,9 +260,9 @@ class Job:
         stats = RunStats()
         if absent or manifest.state == "preparing":
             manifest, plan, extractor = self.loaded(manifest, samples, plan)
-        missing = missing_shards(self.out, manifest.schema(), plan, share)
+        missing = self.missing(manifest, plan, share)
         if len(missing) < len(share):
-            self.say(f"{self.out}: {len(share) - len(missing):,} of {len(share):,} shards are finished")
+            self.say(f"{self.where}: {len(share) - len(missing):,} of {len(share):,} shards are finished")
         if missing:
             stats = self._run(self.runner(manifest, plan, samples, extractor), missing)
         return stats, self.sealed() if alone() else Manifest.read(self.out)
@@ -271,9 +274,34 @@ class Job:
             InputError: the disk has no room for them.
         """
         absent = [number for number in share if not (self.out / shard_name(number)).exists()]
-        embeddings = self.shape.embedding_bytes(torch_dtype(self.dtype)) if manifest.state == "preparing" else 0
-        require_space(self.out, int(plan.shard_bytes(_schema(manifest))[absent].sum()) + embeddings)
+        missing_bytes = int(plan.shard_bytes(shards_schema(manifest))[absent].sum())
+        require_space(self.out, missing_bytes + self.embedding_bytes(manifest))
         return absent
+
+    def embedding_bytes(self, manifest: Manifest) -> int:
+        """Of target/embeddings.safetensors, where it is still to be written."""
+        return self.shape.embedding_bytes(torch_dtype(self.dtype)) if manifest.state == "preparing" else 0
+
+    def missing(self, manifest: Manifest, plan: Plan, share: list[int]) -> list[int]:
+        """Those of the shards ``share`` still to be made; the others are as planned.
+
+        Raises:
+            CacheError: a shard that is there is damaged, or holds other samples than planned.
+        """
+        return missing_shards(self.out, manifest.schema(), plan, share)
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """Commit the manifest, once the files that it names are; gives the one that is there now."""
+        manifest.write(self.out)
+        return manifest
+
+    def require_all_files(self, manifest: Manifest) -> None:
+        """Whether a cache of state complete still has every file.
+
+        Raises:
+            CacheError: one is missing.
+        """
+        require_all_files(self.out, manifest)
 
     def loaded(
         self, manifest: Manifest, samples: PreparedSamples, plan: Plan
@@ -291,8 +319,7 @@ class Job:
                 )
                 self.say(f"--batch-tokens auto: {found:,}")
                 decided["batch_tokens"] = found
-            manifest = self._planned(manifest, samples, plan, decided)
-            manifest.write(self.out)
+            manifest = self.commit(self._planned(manifest, samples, plan, decided))
             plan = self.plan(manifest, samples)
         require_same_identity(self.out, manifest.identity, {**manifest.identity, **decided})
         return manifest, plan, extractor
@@ -318,7 +345,7 @@ class Job:
         if options.batch_tokens is None:
             found = manifest.identity.get("batch_tokens", DEFAULT_BATCH_TOKENS)
             options = replace(options, batch_tokens=found)
-        return Plan(samples.num_tokens, _schema(manifest).raw.token_bytes, options)
+        return Plan(samples.num_tokens, shards_schema(manifest).raw.token_bytes, options)
 
     def sealed(self) -> Manifest:
         """The manifest, of state complete if nothing is missing. Call it with the lock held alone."""
@@ -467,7 +494,7 @@ def require_space(cache: Path, num_bytes: int) -> None:
         )
 
 
-def _schema(manifest: Manifest) -> ShardSchema:
+def shards_schema(manifest: Manifest) -> ShardSchema:
     """The shards' schema for sizes: the fingerprint may not be known yet, but its length is."""
     schema = manifest.schema()
     return schema if schema.fingerprint else replace(schema, fingerprint="0" * 64)

@@ -11,7 +11,7 @@ import torch
 from cache_format.codecs import codec_named
 from cache_format.errors import InputError
 from cache_format.integrity import Problem
-from cache_format.manifest import Manifest, require_same_identity
+from cache_format.manifest import require_same_identity
 from cache_format.reader import FeatureCache
 from cache_format.shard import shard_name
 from extractor.forward import HiddenStateExtractor
@@ -34,7 +34,9 @@ class RecomputeReport:
     problems: list[Problem]
 
 
-def recompute(cache: Path, target_name: str, count: int, *, device: str, trust_remote_code: bool) -> RecomputeReport:
+def recompute(
+    cache: Path | str, target_name: str, count: int, *, device: str, trust_remote_code: bool
+) -> RecomputeReport:
     """Recompute ``count`` random samples (the same ones each time) with the target, one by one.
 
     Raises:
@@ -44,8 +46,8 @@ def recompute(cache: Path, target_name: str, count: int, *, device: str, trust_r
     """
     if count < 1:
         raise InputError(f"--recompute {count}: must be at least 1")
-    manifest = Manifest.read(cache)
     opened = FeatureCache.open(cache, allow_incomplete=True)
+    manifest = opened.manifest
     config = load_config(target_name, None, trust_remote_code)
     found = {f"target.{name}": value for name, value in target_identity(target_name, None, config).items()}
     require_same_identity(cache, manifest.identity, {**manifest.identity, **found})

@@ -25,7 +25,7 @@ def require_all_files(cache: Path, manifest: Manifest) -> None:
     assert manifest.totals is not None
     for name in (*manifest.files, *map(shard_name, range(manifest.totals.shards))):
         if not (cache / name).exists():
-            raise CacheError(cache / name, f"is missing; {_way_out(cache)}")
+            raise CacheError(cache / name, f"is missing; {way_out(cache)}")
 
 
 def missing_shards(cache: Path, schema: ShardSchema, plan: Plan, numbers: Iterable[int]) -> list[int]:
@@ -49,11 +49,12 @@ def missing_shards(cache: Path, schema: ShardSchema, plan: Plan, numbers: Iterab
                 if not _as_planned(shard, sample_ids, num_tokens):
                     raise CacheError(path, "holds other samples than planned")
         except CacheError as error:
-            raise CacheError(path, f"{error.problem}; {_way_out(cache)}") from None
+            raise CacheError(path, f"{error.problem}; {way_out(cache)}") from None
     return missing
 
 
-def _way_out(cache: Path) -> str:
+def way_out(cache: Path | str) -> str:
+    """What to do about a damaged cache."""
     return f"run `dflash-cache repair {cache}`, then this command again"
 
 

@@ -101,6 +101,8 @@ class ShardRunner:
     on_nonfinite: str
     """``fail``, or ``quarantine``: leave the sample out of its shard"""
     timeline: Timeline = field(default_factory=Timeline)
+    on_commit: Callable[[int], None] | None = None
+    """called by the writer threads with each shard that is committed; the next one of its thread waits for it"""
     _thread: threading.local = field(default_factory=threading.local, init=False, repr=False)
 
     def run(self, numbers: Iterable[int], report: Callable[[RunStats], None] = lambda stats: None) -> RunStats:
@@ -216,6 +218,9 @@ class ShardRunner:
         with self.timeline.span("checksum and write"):
             num_bytes = kept.commit(self.cache / shard_name(shard.number))
         free.put(buffer)
+        if self.on_commit is not None:
+            with self.timeline.span("upload"):
+                self.on_commit(shard.number)
         return num_bytes, time.monotonic() - started
 
     @property

@@ -140,7 +140,7 @@ def run(step: str, cache: Path) -> None:
     """One step; prints its seconds and the memory that it added."""
     manifest = Manifest.read(cache)
     assert manifest.totals is not None
-    samples, plan = planned(cache, manifest) if step == "resume scan" else (None, None)
+    _, plan = planned(cache, manifest) if step == "resume scan" else (None, None)
     index = FeatureCache.open(cache).index if "shuffle" in step else None
     manifest.schema()
     before, started = peak_kib(), time.perf_counter()

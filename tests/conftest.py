@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jobs
 import pytest
+from s3 import _proxy, bucket, proxy, s3, s3_port  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT / "scripts", ROOT / "tests"):
