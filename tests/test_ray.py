@@ -160,6 +160,8 @@ def test_ray_options_that_cannot_be(job, cli, tmp_path, monkeypatch):
     ):
         code, _, errors = cli("extract", *job, "--out", tmp_path / "cache", *wrong)
         assert (code, message in errors) == (2, True), errors
+    code, _, errors = cli("extract", *job, "--out", "s3://bucket/cache", "--engine", "ray")
+    assert (code, "all nodes share" in errors) == (2, True), errors
     monkeypatch.setitem(sys.modules, "ray", None)
     code, _, errors = cli("extract", *job, "--out", tmp_path / "cache", "--engine", "ray")
     assert code == 2

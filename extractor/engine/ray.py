@@ -82,6 +82,8 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
     _require_reachable(cluster.address)
     if options.profile is not None:
         raise InputError("--profile follows one process; leave it out with --engine ray")
+    if options.url is not None:
+        raise InputError(f"--engine ray writes to a file system that all nodes share, not yet to {options.url}")
     gpus = cluster.gpus_per_worker
     if gpus is None:
         gpus = 0 if options.target.device == "cpu" else 1
