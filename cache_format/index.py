@@ -186,16 +186,27 @@ def read_shards(path: Path, fingerprint: str) -> list[ShardRow]:
     Raises:
         CacheError: missing, damaged, or of another cache.
     """
+    batch = _read_shards(path, fingerprint)
+    columns = [batch.column(field.name).to_pylist() for field in SHARDS_SCHEMA]
+    return [ShardRow(*values) for values in zip(*columns, strict=True)]
+
+
+def read_shard_sizes(path: Path, fingerprint: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of shards.arrow what opening a cache needs, int64 ``[num_shards]`` each: samples, and bytes of the file.
+
+    Raises:
+        CacheError: missing, damaged, or of another cache.
+    """
+    batch = _read_shards(path, fingerprint)
+    return batch.column("samples").to_numpy(), batch.column("bytes").to_numpy()
+
+
+def _read_shards(path: Path, fingerprint: str) -> pa.RecordBatch:
     batch = _read(path, SHARDS_SCHEMA, fingerprint)
-    try:
-        columns = [batch.column(field.name).to_pylist() for field in SHARDS_SCHEMA]
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise CacheError(path, f"is damaged: {error}") from None
-    rows = [ShardRow(*values) for values in zip(*columns, strict=True)]
-    for number, row in enumerate(rows):
-        if row.file != shard_name(number):
-            raise CacheError(path, f"row {number} names {row.file!r}, not {shard_name(number)!r}")
-    return rows
+    expected = pa.array([shard_name(number) for number in range(batch.num_rows)], pa.string())
+    if not batch.column("file").equals(expected):
+        raise CacheError(path, f"does not name its shards {shard_name(0)} and so on")
+    return batch
 
 
 def _write(path: Path, schema: pa.Schema, columns: list[pa.Array], fingerprint: str) -> None:

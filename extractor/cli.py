@@ -494,7 +494,7 @@ def verify(
     with _or_could_not_run():
         total = _shard_bytes(cache)
         if not quick:
-            say(f"verify: reading all of {size(total)}; from a disk that gives 1 GB/s, {duration(total / 1e9)}")
+            say(f"verify: reading all of {size(total)}; at 1 GB/s that takes {duration(max(total / 1e9, 1))}")
         with Reporter("verify", total, "bytes") as reporter:
             report = run_verify(
                 cache,

@@ -102,10 +102,14 @@ class Plan:
 
     def shard(self, number: int) -> ShardPlan:
         """Shard ``number``: its samples and batches."""
+        ids, lengths = self.samples_of(number)
+        return ShardPlan(number, ids, lengths, tuple(batches(lengths, self.batch_tokens)))
+
+    def samples_of(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """``sample_ids`` and ``num_tokens`` of shard ``number``, as in its plan, without working out batches."""
         place = number * self._stride % self.num_shards
         ids = self._order[self._bounds[place] : self._bounds[place + 1]]
-        lengths = self._num_tokens[ids]
-        return ShardPlan(number, ids, lengths, tuple(batches(lengths, self.batch_tokens)))
+        return ids, self._num_tokens[ids]
 
     def shard_bytes(self, schema: ShardSchema) -> np.ndarray:
         """int64 ``[num_shards]``: file size of each shard, by number; exact but where it depends on the states."""

@@ -312,16 +312,17 @@ def report(bench: Bench, results: dict[str, list[dict[str, Any]]]) -> None:
         f"{len(bench.samples):,} samples, {bench.tokens:,} tokens, max length {args.max_length}, "
         f"{len(bench.plan)} shards, median of {args.repeat}"
     )
-    print(
-        f"{'':10}{'tok/s':>10}{'of (a)':>8}{'padding':>9}{'GB written':>12}{'GB/s':>7}{'device GiB':>12}{'host +GiB':>11}"
-    )
+    heads = (("tok/s", 10), ("of (a)", 8), ("padding", 9), ("GB written", 12), ("GB/s", 7))
+    heads += (("device GiB", 12), ("host +GiB", 11))
+    print(" " * 10 + "".join(f"{head:>{width}}" for head, width in heads))
     median = {name: statistics.median(r["seconds"] for r in runs) for name, runs in results.items()}
     for name, runs in results.items():
         seconds, last = median[name], runs[-1]
+        host = max(run["host"] for run in runs)
         of_bare = median["bare"] / seconds if "bare" in median else float("nan")
         print(
             f"{name:10}{bench.tokens / seconds:10,.0f}{of_bare:8.1%}{1 - bench.tokens / last['padded']:9.1%}"
-            f"{last['written'] / 1e9:12.2f}{last['written'] / 1e9 / seconds:7.2f}{last['device']:12.1f}{max(run['host'] for run in runs):11.2f}"
+            f"{last['written'] / 1e9:12.2f}{last['written'] / 1e9 / seconds:7.2f}{last['device']:12.1f}{host:11.2f}"
         )
     if "ours" in median:
         for name in ("nemo", "deepspec"):

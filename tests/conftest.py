@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 import os
 import subprocess
 import sys
@@ -73,3 +76,39 @@ def made(job, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("made") / "cache"
     subprocess.run([sys.executable, "-m", "extractor", "extract", *job, "--out", out], check=True)
     return out
+
+
+@pytest.fixture(scope="session")
+def small_job(tiny_target, tmp_path_factory) -> list[str]:
+    """Arguments of an extraction of 6 samples of 32 tokens into 3 shards.
+
+    Not from the demo data: the docstrings it is made of differ from one Python to another.
+    """
+    data = tmp_path_factory.mktemp("small") / "train.jsonl"
+    turns = [("user", "hi"), ("assistant", "one two three four " * 50)]
+    rows = [{"messages": [{"role": role, "content": f"{n} {text}"} for role, text in turns]} for n in range(6)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        *("extract", "--target", str(tiny_target), "--data", str(data), "--device", "cpu"),
+        *("--target-layers", "0,3", "--max-length", "32", "--shard-size", "64KiB", "--limit", "6"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def loaded_once():
+    """Target, tokenizer and rows are loaded once for all runs of a module: hundreds of them."""
+    import torch
+
+    import extractor.job
+
+    load_target, load_tokenizer = (
+        functools.cache(f) for f in (extractor.job.load_target, extractor.job.load_tokenizer)
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extractor.job, "load_target", lambda *a, **k: copy.deepcopy(load_target(*a, **k)))
+        patch.setattr(extractor.job, "load_tokenizer", load_tokenizer)
+        patch.setattr(extractor.job, "open_source", functools.cache(extractor.job.open_source))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)

@@ -6,8 +6,6 @@ as of its last fsync, a folder's names as of its last fsync. A rename may also r
 
 from __future__ import annotations
 
-import copy
-import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -15,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from jobs import contents
 
-import extractor.job
 from cache_format.integrity import verify
 from cache_format.manifest import MANIFEST_NAME, Manifest, file_info
 from cache_format.repair import QUARANTINE_NAME
 from cache_format.shard import shard_name
 from cache_format.storage import committed, make_folder, write_all
+
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 Tree = dict[str, bytes | None]
 """Path below the root -> bytes; None for a folder."""
@@ -130,30 +128,10 @@ def assert_what_the_manifest_names_is_there(cache: Path) -> None:
         assert verify(cache).whole, verify(cache).problems
 
 
-@pytest.fixture(scope="module", autouse=True)
-def loaded_once():
-    """Target, tokenizer and rows are loaded once for all runs of this module."""
-    load_target, load_tokenizer = (
-        functools.cache(f) for f in (extractor.job.load_target, extractor.job.load_tokenizer)
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extractor.job, "load_target", lambda *a, **k: copy.deepcopy(load_target(*a, **k)))
-        patch.setattr(extractor.job, "load_tokenizer", load_tokenizer)
-        patch.setattr(extractor.job, "open_source", functools.cache(extractor.job.open_source))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def small_job(tiny_target, demo_jsonl, monkeypatch) -> list[str]:
-    """Two parts of samples, three shards."""
+@pytest.fixture(autouse=True)
+def two_parts(monkeypatch) -> None:
+    """Of samples/, so that more than one is committed."""
     monkeypatch.setattr("extractor.prepare.ROWS_PER_PART", 5)
-    return [
-        *("extract", "--target", str(tiny_target), "--data", str(demo_jsonl), "--device", "cpu"),
-        *("--target-layers", "0,3", "--max-length", "32", "--shard-size", "64KiB", "--limit", "8"),
-    ]
 
 
 @pytest.fixture

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import errno
-import functools
 import re
 import resource
 import shutil
@@ -17,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from faulty_disk import NEEDS_NO_SPACE, REMOVES, Fault, FaultyDisk
 from jobs import contents
 
@@ -26,6 +23,8 @@ from cache_format.errors import StorageError
 from cache_format.manifest import MANIFEST_NAME, Manifest
 from cache_format.shard import ShardBuffer
 from extractor.target_files import write_target_files
+
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 SAYS = {
     errno.ENOSPC: "the disk is full",
@@ -37,31 +36,6 @@ SAYS = {
     errno.EFBIG: "larger than this file system or this process may write",
 }
 SPARED = {errno.ENOSPC: NEEDS_NO_SPACE, errno.EDQUOT: NEEDS_NO_SPACE}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def loaded_once():
-    """Target, tokenizer and rows are loaded once for all runs of this module: hundreds of them."""
-    load_target, load_tokenizer = (
-        functools.cache(extractor.job.load_target),
-        functools.cache(extractor.job.load_tokenizer),
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extractor.job, "load_target", lambda *a, **k: copy.deepcopy(load_target(*a, **k)))
-        patch.setattr(extractor.job, "load_tokenizer", load_tokenizer)
-        patch.setattr(extractor.job, "open_source", functools.cache(extractor.job.open_source))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def small_job(tiny_target, demo_jsonl) -> list[str]:
-    return [
-        *("extract", "--target", str(tiny_target), "--data", str(demo_jsonl), "--device", "cpu"),
-        *("--target-layers", "0,3", "--max-length", "32", "--shard-size", "64KiB", "--limit", "8"),
-    ]
 
 
 @pytest.fixture(scope="module")

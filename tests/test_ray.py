@@ -20,8 +20,16 @@ EXTRACT = [sys.executable, "-m", "extractor", "extract"]
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As Ray gives an actor of one CPU; more would only wait for each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 @pytest.fixture
-def cluster():
+def cluster(one_thread):
     """A head without room for actors; tests add nodes with room for one each."""
     from ray.cluster_utils import Cluster
 
@@ -39,7 +47,7 @@ def long_job(job, demo_jsonl, tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(long_job, tmp_path_factory) -> Path:
+def uninterrupted(one_thread, long_job, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("ray") / "cache"
     subprocess.run([*EXTRACT, *long_job, "--out", out], check=True)
     return out
@@ -72,6 +80,7 @@ def test_a_node_that_dies_costs_its_shards_only_and_a_new_one_takes_its_place(
     assert process.returncode == 0, errors
     assert "a worker is gone" in errors
     assert "Traceback" not in errors
+    assert output.count("\n") == 1, output
     report = json.loads(output)
     assert report["complete"]
     assert 0 <= report["shards"] - report["run"]["shards"] <= 2, "no shard is made twice"
@@ -151,6 +160,8 @@ def test_ray_options_that_cannot_be(job, cli, tmp_path, monkeypatch):
     ):
         code, _, errors = cli("extract", *job, "--out", tmp_path / "cache", *wrong)
         assert (code, message in errors) == (2, True), errors
+    code, _, errors = cli("extract", *job, "--out", "s3://bucket/cache", "--engine", "ray")
+    assert (code, "all nodes share" in errors) == (2, True), errors
     monkeypatch.setitem(sys.modules, "ray", None)
     code, _, errors = cli("extract", *job, "--out", tmp_path / "cache", "--engine", "ray")
     assert code == 2

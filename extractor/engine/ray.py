@@ -11,9 +11,10 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,6 +82,8 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
     _require_reachable(cluster.address)
     if options.profile is not None:
         raise InputError("--profile follows one process; leave it out with --engine ray")
+    if options.url is not None:
+        raise InputError(f"--engine ray writes to a file system that all nodes share, not yet to {options.url}")
     gpus = cluster.gpus_per_worker
     if gpus is None:
         gpus = 0 if options.target.device == "cpu" else 1
@@ -304,10 +307,12 @@ def _connected(ray: Any, cluster: RayOptions) -> Iterator[None]:
     # Ray puts handlers of its own in place.
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    # Ray prints what it hears of dead nodes, the last of it as it shuts down; stdout is for the report.
+    with redirect_stdout(sys.stderr):
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def _room(ray: Any, gpus: int) -> int:
