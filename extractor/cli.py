@@ -272,7 +272,10 @@ def _place(text: str) -> Path | str:
 def _folder(text: str) -> Path:
     place = _place(text)
     if isinstance(place, str):
-        raise InputError(f"{place}: this command writes to a local folder")
+        raise InputError(
+            f"{place}: this command writes to a local folder; a finished cache or export is plain files, which the "
+            "store's own tool can upload (aws s3 sync, gcloud storage rsync)"
+        )
     return place
 
 
@@ -633,7 +636,10 @@ def export(
 @app.command()
 def recode(
     cache: Cache,
-    out: Annotated[Path, typer.Argument(help="Folder of the copy: new, or begun by the same command.")],
+    out: Annotated[
+        Any,
+        typer.Argument(help="Local folder of the copy: new, or begun by the same command.", parser=_folder),
+    ],
     codec: Annotated[
         str,
         typer.Option(
