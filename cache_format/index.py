@@ -14,7 +14,7 @@ from types import MappingProxyType
 import numpy as np
 import pyarrow as pa
 
-from cache_format.arrow_file import read_batch, write_batch
+from cache_format.arrow_file import numbers, read_batch, write_batch
 from cache_format.codecs.interface import ENERGY
 from cache_format.errors import CacheError
 from cache_format.folder import Folder
@@ -177,7 +177,7 @@ def read_index(path: Path, fingerprint: str) -> Index:
         CacheError: missing, damaged, or of another cache.
     """
     batch = _read(path, INDEX_SCHEMA, fingerprint)
-    return Index(*(batch.column(field.name).to_numpy(zero_copy_only=True) for field in INDEX_SCHEMA))
+    return Index(*(numbers(batch.column(field.name)) for field in INDEX_SCHEMA))
 
 
 def read_shards(path: Path, fingerprint: str) -> list[ShardRow]:
@@ -198,13 +198,17 @@ def read_shard_sizes(path: Path, fingerprint: str) -> tuple[np.ndarray, np.ndarr
         CacheError: missing, damaged, or of another cache.
     """
     batch = _read_shards(path, fingerprint)
-    return batch.column("samples").to_numpy(), batch.column("bytes").to_numpy()
+    return numbers(batch.column("samples")), numbers(batch.column("bytes"))
 
 
 def _read_shards(path: Path, fingerprint: str) -> pa.RecordBatch:
     batch = _read(path, SHARDS_SCHEMA, fingerprint)
-    expected = pa.array([shard_name(number) for number in range(batch.num_rows)], pa.string())
-    if not batch.column("file").equals(expected):
+    try:
+        # Not pa.array(), for the reason given at numbers().
+        named = batch.column("file").to_pylist()
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise CacheError(path, f"is damaged: {error}") from None
+    if named != [shard_name(number) for number in range(len(named))]:
         raise CacheError(path, f"does not name its shards {shard_name(0)} and so on")
     return batch
 
