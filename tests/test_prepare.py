@@ -306,7 +306,7 @@ def test_stopped_by_a_signal_no_process_stays_and_finished_parts_do(
         os.killpg(process.pid, stop)  # as a terminal does: every process of the group is told
     else:
         process.kill()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=180)
     assert process.returncode == (130 if stop == signal.SIGINT else -signal.SIGKILL)
     assert "Traceback" not in errors
     deadline = time.monotonic() + 20

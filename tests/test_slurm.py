@@ -29,7 +29,7 @@ SCONTROL = '#!/usr/bin/env bash\necho "$@" >> "$(dirname "$0")/requeued"\n'
 @pytest.mark.slow
 def test_torchrun_gives_the_bytes_of_one_process(job, made, tmp_path):
     out = tmp_path / "cache"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", "29655"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone"]
     run = subprocess.run(
         [*command, "-m", "extractor", "extract", *job, "--out", out],
         capture_output=True,
