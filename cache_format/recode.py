@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -72,50 +72,69 @@ def recode(
         CacheError: ``source`` is damaged.
         StorageError: the operating system refused; finished shards stay.
     """
-    codec = _chosen(source, codec_name)
-    manifest = _manifest(source.manifest, codec)
+    codec = chosen_codec(source, codec_name)
+    manifest = recoded_manifest(source.manifest, codec)
     _check_out(source, out, manifest)
     make_folder(out)
     with writing(out):
-        _begin(source, out, manifest)
-        schema, places = manifest.schema(), _places(source)
+        begin(source, out, manifest)
+        schema, places = manifest.schema(), places_by_shard(source)
         missing = [n for n in range(len(places)) if not _is_done(out, schema, n, source.index.sample_id[places[n]])]
         _require_space(out, schema, [source.index.num_tokens[places[number]] for number in missing])
         before = [source.folder.size(shard_name(number)) or 0 for number in range(len(places))]
         progress(sum(before) - sum(before[number] for number in missing))
-        worker = _Worker(source, out, schema)
-        with ThreadPoolExecutor(threads, thread_name_prefix="recode") as pool:
-            futures = [pool.submit(worker.make, number, places[number]) for number in missing]
-            try:
-                for number, future in zip(missing, futures, strict=True):
-                    future.result()
-                    progress(before[number])
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+        make_shards(Worker(source, out, schema), missing, threads, lambda number: progress(before[number]))
         sealed = Manifest.read(out)
         sealed = sealed if sealed.state == "complete" else seal(out, sealed)
+    after = [_size(out / shard_name(number)) for number in range(len(places))]
+    return report(str(out), sealed, len(missing), before, after)
+
+
+def report(where: str, sealed: Manifest, made: int, before: Sequence[int], after: Sequence[int]) -> RecodeReport:
+    """Of a cache that is now complete; ``before`` and ``after``: bytes of each shard."""
     assert sealed.measured is not None
     return RecodeReport(
-        cache=str(out),
-        codec=codec.name,
-        shards=len(missing),
-        done_shards=len(places) - len(missing),
+        cache=where,
+        codec=sealed.codec["name"],
+        shards=made,
+        done_shards=len(before) - made,
         bytes_before=sum(before),
-        bytes=sum(_size(out / shard_name(number)) for number in range(len(places))),
+        bytes=sum(after),
         ratio=sealed.measured.ratio,
         snr_db=sealed.measured.snr_db,
     )
 
 
-class _Worker:
+def make_shards(worker: Worker, numbers: Sequence[int], threads: int, done: Callable[[int], None]) -> None:
+    """Make shards ``numbers``, ``threads`` at a time; ``done`` is told each, in this order."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="recode") as pool:
+        futures = [pool.submit(worker.make, number) for number in numbers]
+        try:
+            for number, future in zip(numbers, futures, strict=True):
+                future.result()
+                done(number)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Worker:
     """Makes shards, in memory that each thread uses again."""
 
-    def __init__(self, source: FeatureCache, out: Path, schema: ShardSchema):
-        self._source, self._out, self._schema = source, out, schema
+    def __init__(
+        self,
+        source: FeatureCache,
+        out: Path,
+        schema: ShardSchema,
+        on_commit: Callable[[int], None] = lambda number: None,
+    ):
+        """``on_commit`` is called with each shard that stands in ``out``, from any thread."""
+        self._source, self._out, self._schema, self._on_commit = source, out, schema, on_commit
+        self._places = places_by_shard(source)
         self._thread = threading.local()
 
-    def make(self, number: int, places: np.ndarray) -> None:
-        """Read, encode and commit one shard: the samples at ``places`` of the source, in that order."""
+    def make(self, number: int) -> None:
+        """Read, encode and commit shard ``number``."""
+        places = self._places[number]
         index = self._source.index
         ids, lengths = index.sample_id[places], index.num_tokens[places].astype(np.int64)
         tensors = self._schema.raw.token_tensors
@@ -128,6 +147,7 @@ class _Worker:
         buffer = self._buffer(room_to_encode(self._schema, number, len(ids), int(lengths.sum())))
         encode_shard(self._schema, number, ids, lengths, raw, buffer)
         buffer.commit(inside(self._out, shard_name(number)))
+        self._on_commit(number)
 
     def _batch_memory(self, num_bytes: int) -> torch.Tensor:
         memory: torch.Tensor | None = getattr(self._thread, "memory", None)
@@ -142,7 +162,12 @@ class _Worker:
         return buffer
 
 
-def _chosen(source: FeatureCache, codec_name: str) -> Codec:
+def chosen_codec(source: FeatureCache, codec_name: str) -> Codec:
+    """The codec of the copy.
+
+    Raises:
+        InputError: unknown, the one that ``source`` has, or ``source`` is lossy or not complete.
+    """
     have = codec_named(source.manifest.codec["name"])
     try:
         codec = codec_named(codec_name)
@@ -160,8 +185,8 @@ def _chosen(source: FeatureCache, codec_name: str) -> Codec:
     return codec
 
 
-def _manifest(source: Manifest, codec: Codec) -> Manifest:
-    """Of the copy, before its shards are made."""
+def recoded_manifest(source: Manifest, codec: Codec) -> Manifest:
+    """Of the copy, before its shards are made; state extracting."""
     files = {name: info for name, info in source.files.items() if name not in (INDEX_NAME, SHARDS_NAME)}
     identity = {**source.identity, "codec": codec.to_dict()}
     return source.extracting(identity, codec=codec.to_dict(), files=files, quarantined=[], measured=None)
@@ -185,7 +210,7 @@ def _check_out(source: FeatureCache, out: Path, manifest: Manifest) -> None:
             raise InputError(f"{out} is not empty and not a cache (it has {strange[0]!r}); name another folder")
 
 
-def _begin(source: FeatureCache, out: Path, manifest: Manifest) -> None:
+def begin(source: FeatureCache, out: Path, manifest: Manifest) -> None:
     """Clear what a killed run left; copy samples/ and target/, then write the manifest, unless they are there."""
     for folder in {out, out / "shards", *((out / name).parent for name in manifest.files)}:
         make_folder(folder)
@@ -203,7 +228,7 @@ def _begin(source: FeatureCache, out: Path, manifest: Manifest) -> None:
     manifest.write(out)
 
 
-def _places(source: FeatureCache) -> list[np.ndarray]:
+def places_by_shard(source: FeatureCache) -> list[np.ndarray]:
     """For each shard the places of its samples in the source's index, in the order of its rows."""
     assert source.manifest.totals is not None
     order = np.lexsort((source.index.row_start, source.index.shard))

@@ -282,6 +282,14 @@ def _folder(text: str) -> Path:
 Cache = Annotated[
     Any, typer.Argument(help="Folder or URL of the cache.", parser=_place, metavar="CACHE", show_default=False)
 ]
+Scratch = Annotated[
+    Path | None,
+    typer.Option(
+        help="With a URL: local folder in which files are made before they are uploaded; it holds the prepared "
+        "samples and a few shards. Default: below the system's temporary folder, the same for a rerun.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Report as JSON on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -298,14 +306,7 @@ def extract(
             show_default=False,
         ),
     ],
-    scratch: Annotated[
-        Path | None,
-        typer.Option(
-            help="With a URL: local folder in which files are made before they are uploaded; it holds the prepared "
-            "samples and a few shards. Default: below the system's temporary folder, the same for a rerun.",
-            show_default=False,
-        ),
-    ] = None,
+    scratch: Scratch = None,
     target_layers: TargetLayers = None,
     num_draft_layers: NumDraftLayers = 5,
     capture: Capture = [],  # noqa: B006
@@ -638,7 +639,9 @@ def recode(
     cache: Cache,
     out: Annotated[
         Any,
-        typer.Argument(help="Local folder of the copy: new, or begun by the same command.", parser=_folder),
+        typer.Argument(
+            help="Folder or URL of the copy: new, or begun by the same command.", parser=_place, metavar="OUT"
+        ),
     ],
     codec: Annotated[
         str,
@@ -650,6 +653,7 @@ def recode(
     threads: Annotated[
         int, typer.Option(min=1, help="Shards worked on at a time; each takes memory for two shards.")
     ] = 2,
+    scratch: Scratch = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -662,6 +666,7 @@ def recode(
     """
     from cache_format import FeatureCache
     from cache_format.recode import recode as run_recode
+    from cache_format.recode_to_store import recode_to_store
 
     try:
         source = FeatureCache.open(cache, verify="sample")
@@ -675,8 +680,14 @@ def recode(
         done += num_bytes
         reporter.update(done)
 
+    place = _destination(out, scratch)
     with Reporter("recode", total, "bytes") as reporter:
-        report = run_recode(source, out, codec, threads=threads, progress=count)
+        if "url" in place:
+            report = recode_to_store(
+                source, place["url"], place["out"], codec, threads=threads, progress=count, tell=say
+            )
+        else:
+            report = run_recode(source, place["out"], codec, threads=threads, progress=count)
     if as_json:
         _print(json.dumps(asdict(report)))
         return

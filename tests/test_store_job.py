@@ -391,6 +391,22 @@ def test_recode(cli, there, made, tmp_path):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_recode_to_a_url(cli, made, bucket, s3, proxy, quick, tmp_path):
+    local, options = tmp_path / "local", ["--codec", "zbits", "--threads", "1"]
+    assert cli("recode", made, local, *options)[0] == 0
+    command = ["recode", made, bucket, *options, "--scratch", tmp_path / "scratch"]
+    killed = start(command)
+    wait_for(lambda: sum("/shards/" in path for m, path, _ in proxy.requests if m == "PUT") > 2)
+    killed.kill()
+    killed.communicate()
+    code, out, err = cli(*command, "--json")
+    assert code == 0, err
+    assert json.loads(out)["done_shards"] > 0
+    assert objects(s3, bucket) == contents(local)
+    assert not [p for p in (tmp_path / "scratch").rglob("*") if p.is_file()], "nothing is left on the disk"
+    assert cli("recode", made, bucket, "--codec", "fp8", "--scratch", tmp_path / "scratch")[0] == 2
+
+
 def test_recompute(cli, there, tiny_target):
     code, out, err = cli("verify", there, "--recompute", "2", "--target", tiny_target, "--device", "cpu")
     assert (code, "recomputed 2 samples" in out) == (0, True), err
