@@ -18,9 +18,9 @@ def encode_shard(
     sample_ids: np.ndarray,
     num_tokens: np.ndarray,
     raw: Mapping[str, torch.Tensor],
-    into: ShardBuffer,
-) -> None:
-    """Fill ``into`` with shard ``number`` of ``schema``; a pure function of the samples and their order.
+    into: ShardBuffer | None,
+) -> ShardBuffer:
+    """Shard ``number`` of ``schema``; a pure function of the samples and their order.
 
     Args:
         schema: of the shard to be made.
@@ -28,9 +28,12 @@ def encode_shard(
         sample_ids: ``[n]``
         num_tokens: ``[n]``
         raw: what the shard would hold with the raw codec: a tensor with one row a token for each name.
-        into: with :func:`room_to_encode`.
+        into: memory that is used again where it has the room; None: new memory.
     """
     codec, states = schema.codec, schema.states
+    most = _most_bytes(schema, number, len(sample_ids), int(num_tokens.sum()))
+    if into is None or into.capacity < most:
+        into = ShardBuffer(most)
     room = sum(codec.most_bytes(n, states) for n in num_tokens.tolist()) if isinstance(codec, BlockCodec) else 0
     into.begin(schema, number, sample_ids, num_tokens, room)
     encoded = {tensor.name for tensor in codec.tensors(states)}
@@ -44,21 +47,18 @@ def encode_shard(
             into.tensor(ENERGY).copy_(energy)
     if isinstance(codec, BlockCodec):
         _encode_blocks(codec, bits_of(rows, states), states, into)
+    return into
 
 
 def encode_buffer(filled: ShardBuffer, schema: ShardSchema, into: ShardBuffer | None) -> ShardBuffer:
     """The shard that ``filled`` holds under ``schema.raw``, under ``schema``; in ``into`` if it has the room."""
     ids, lengths = filled.tensor("sample_ids").numpy(), np.diff(filled.cu_seqlens)
-    room = room_to_encode(schema, filled.number, len(ids), int(filled.cu_seqlens[-1]))
-    if into is None or into.capacity < room:
-        into = ShardBuffer(room)
     raw = {tensor.name: filled.tensor(tensor.name) for tensor in schema.raw.token_tensors}
-    encode_shard(schema, filled.number, ids, lengths, raw, into)
-    return into
+    return encode_shard(schema, filled.number, ids, lengths, raw, into)
 
 
-def room_to_encode(schema: ShardSchema, number: int, num_samples: int, num_tokens: int) -> int:
-    """Bytes that :func:`encode_shard` needs at most; a block has at least one token and takes 4 bytes beside."""
+def _most_bytes(schema: ShardSchema, number: int, num_samples: int, num_tokens: int) -> int:
+    """What a shard takes at most; a block has at least one token and takes 4 bytes beside."""
     return schema.layout(number, num_samples, num_tokens, num_tokens * (schema.states.row_bytes + 4)).num_bytes
 
 

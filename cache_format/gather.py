@@ -167,7 +167,8 @@ def _batch_tensors(schema: ShardSchema, decode: bool) -> list[TokenTensor]:
     if isinstance(schema.codec, RawCodec) or not (decode or isinstance(schema.codec, BlockCodec)):
         return list(schema.token_tensors)
     states = TokenTensor("hidden_states", DTYPE_NAMES[schema.states.dtype], schema.states.width)
-    return [states, *(tensor for tensor in schema.token_tensors if tensor.name not in _decoded_names(schema))]
+    decoded = _decoded_names(schema)
+    return [states, *(tensor for tensor in schema.token_tensors if tensor.name not in decoded)]
 
 
 def _layout(in_batch: Sequence[TokenTensor], tokens: int) -> dict[str, _Place]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cache_format.codecs import Codec, codec_named
-from cache_format.encode import encode_shard, room_to_encode
+from cache_format.encode import encode_shard
 from cache_format.errors import CacheError, InputError
 from cache_format.index import INDEX_NAME, SHARDS_NAME
 from cache_format.lock import writing
@@ -27,7 +27,7 @@ from cache_format.manifest import MANIFEST_NAME, Manifest, file_info, require_sa
 from cache_format.reader import FeatureCache
 from cache_format.safetensors_file import DTYPES
 from cache_format.seal import seal
-from cache_format.shard import ShardBuffer, ShardFile, ShardSchema, shard_name
+from cache_format.shard import ShardFile, ShardSchema, shard_name
 from cache_format.storage import committed, inside, make_folder, remove_temporaries
 
 _COPY_BYTES = 16 << 20
@@ -83,7 +83,7 @@ def recode(
         _require_space(out, schema, [source.index.num_tokens[places[number]] for number in missing])
         before = [source.folder.size(shard_name(number)) or 0 for number in range(len(places))]
         progress(sum(before) - sum(before[number] for number in missing))
-        make_shards(Worker(source, out, schema), missing, threads, lambda number: progress(before[number]))
+        make_shards(Worker(source, places, out, schema), missing, threads, lambda number: progress(before[number]))
         sealed = Manifest.read(out)
         sealed = sealed if sealed.state == "complete" else seal(out, sealed)
     after = [_size(out / shard_name(number)) for number in range(len(places))]
@@ -123,13 +123,17 @@ class Worker:
     def __init__(
         self,
         source: FeatureCache,
+        places: Sequence[np.ndarray],
         out: Path,
         schema: ShardSchema,
         on_commit: Callable[[int], None] = lambda number: None,
     ):
-        """``on_commit`` is called with each shard that stands in ``out``, from any thread."""
+        """``places``: :func:`places_by_shard` of the source.
+
+        ``on_commit`` is called with each shard that stands in ``out``, from any thread.
+        """
         self._source, self._out, self._schema, self._on_commit = source, out, schema, on_commit
-        self._places = places_by_shard(source)
+        self._places = places
         self._thread = threading.local()
 
     def make(self, number: int) -> None:
@@ -144,8 +148,8 @@ class Worker:
             raw = {tensor.name: getattr(batch, tensor.name)[0] for tensor in tensors}
         else:
             raw = {tensor.name: torch.empty(tensor.shape(0), dtype=DTYPES[tensor.dtype]) for tensor in tensors}
-        buffer = self._buffer(room_to_encode(self._schema, number, len(ids), int(lengths.sum())))
-        encode_shard(self._schema, number, ids, lengths, raw, buffer)
+        into = getattr(self._thread, "buffer", None)
+        buffer = self._thread.buffer = encode_shard(self._schema, number, ids, lengths, raw, into)
         buffer.commit(inside(self._out, shard_name(number)))
         self._on_commit(number)
 
@@ -154,12 +158,6 @@ class Worker:
         if memory is None or len(memory) < num_bytes:
             memory = self._thread.memory = torch.empty(num_bytes, dtype=torch.uint8)
         return memory[:num_bytes]
-
-    def _buffer(self, capacity: int) -> ShardBuffer:
-        buffer: ShardBuffer | None = getattr(self._thread, "buffer", None)
-        if buffer is None or buffer.capacity < capacity:
-            buffer = self._thread.buffer = ShardBuffer(capacity)
-        return buffer
 
 
 def chosen_codec(source: FeatureCache, codec_name: str) -> Codec:

@@ -16,6 +16,7 @@ from cache_format.recode import (
     begin,
     chosen_codec,
     make_shards,
+    places_by_shard,
     recoded_manifest,
     report,
 )
@@ -59,7 +60,9 @@ def recode_to_store(
         missing = [number for number in numbers if number not in upload.shards]
         progress(sum(before) - sum(before[number] for number in missing))
         schema = manifest.schema()
-        worker = Worker(source, scratch, schema, lambda number: upload.commit_shard(schema, number))
+        worker = Worker(
+            source, places_by_shard(source), scratch, schema, lambda number: upload.commit_shard(schema, number)
+        )
         make_shards(worker, missing, threads, lambda number: progress(before[number]))
         there = upload.manifest()
         sealed = there if there is not None and there.state == "complete" else upload.seal(manifest)
