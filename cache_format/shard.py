@@ -23,6 +23,7 @@ from torch import Tensor
 from cache_format.byte_source import ByteSource, LocalFile
 from cache_format.codecs import BlockCodec, Codec, HeadTensor, RawCodec, States, TokenTensor
 from cache_format.codecs.interface import BLOCK_STARTS, BLOCKS
+from cache_format.direct_write import write_direct
 from cache_format.errors import CacheError
 from cache_format.safetensors_file import DTYPES, PAGE, Container, TensorPlace, plan_container, read_container
 from cache_format.storage import committed, write_all
@@ -31,7 +32,6 @@ FORMAT_NAME = "dflash-cache"
 FORMAT_VERSION = 1
 HEAD = (("cu_seqlens", "I64"), ("sample_ids", "I64"), ("sample_checksums", "U64"))
 READ_CHUNK_BYTES = 4 << 20
-_ALIGNMENT = 64
 _NUMPY = {"I64": "<i8", "U64": "<u8", "F64": "<f8", "U8": "u1"}
 
 
@@ -120,7 +120,9 @@ class ShardBuffer:
     def __init__(self, capacity: int, pin_memory: bool = False):
         """``capacity`` bytes: the largest shard of the plan. ``pin_memory`` makes copies from CUDA asynchronous."""
         self.capacity = capacity
-        self._memory = torch.empty(capacity + _ALIGNMENT, dtype=torch.uint8, pin_memory=pin_memory)
+        memory = torch.empty(capacity + 2 * PAGE, dtype=torch.uint8, pin_memory=pin_memory)
+        # In memory a byte lies on a page as it does in the file: see direct_write.py.
+        self._memory = memory[-memory.data_ptr() % PAGE :]
         self.container: Container | None = None
 
     def begin(
@@ -133,9 +135,8 @@ class ShardBuffer:
         self.schema, self.number = schema, number
         self.cu_seqlens = np.concatenate([[0], np.cumsum(num_tokens)]).astype(np.int64)
         self.container = schema.layout(number, len(num_tokens), int(self.cu_seqlens[-1]), block_bytes)
-        # The header is kept apart: its length may change with that of the blocks. In memory, tensors are aligned as in
-        # the file.
-        self._start = len(self.container.header) % _ALIGNMENT
+        # The header is kept apart: its length may change with that of the blocks.
+        self._start = len(self.container.header) % PAGE
         self.tensor("cu_seqlens").numpy()[:] = self.cu_seqlens
         self.tensor("sample_ids").numpy()[:] = sample_ids
         self.tensor("attention_mask").fill_(1)
@@ -187,7 +188,7 @@ class ShardBuffer:
         header = self.container.header
         with committed(path) as file:
             write_all(file, header)
-            write_all(file, self._bytes(len(header), self.container.num_bytes).data)
+            write_direct(file, self._bytes(len(header), self.container.num_bytes))
         return self.container.num_bytes
 
     def _slice(self, start: int, stop: int) -> Tensor:

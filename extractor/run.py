@@ -198,7 +198,7 @@ class ShardRunner:
         buffer: ShardBuffer,
         shard: ShardPlan,
         end: _ShardEnd,
-        free: queue.SimpleQueue[ShardBuffer],
+        free: queue.LifoQueue[ShardBuffer],
     ) -> tuple[int, float]:
         """Writer thread: check, commit, give the buffer back; returns the file's bytes and the seconds it took."""
         if end.arrived is not None:
@@ -250,7 +250,7 @@ class Making:
         self.stats = RunStats()
         self._runner, self._report, self._started = runner, report, time.monotonic()
         largest = int(runner.plan.shard_bytes(runner._filled)[numbers].max())
-        self._free: queue.SimpleQueue[ShardBuffer] = queue.SimpleQueue()
+        self._free: queue.LifoQueue[ShardBuffer] = queue.LifoQueue()
         for _ in range(min(NUM_BUFFERS, len(numbers))):
             self._free.put(ShardBuffer(largest, pin_memory=runner.device.type == "cuda"))
         most_tokens = max(runner.plan.batch_tokens, int(runner.samples.num_tokens.max()))

@@ -4,7 +4,8 @@
     python scripts/bench_extract.py --target-shape qwen3-8b --tokens 2000000 --device cuda
 
 One target with random weights in a real model's shape, one set of samples (log-normal lengths: median 600 tokens, sigma
-0.8, at most --max-length), everything in one process, rounds alternating, medians over the rounds:
+0.8, at most --max-length), everything in one process, rounds alternating; medians over the rounds, and of the ratios
+round by round:
 
   (a) bare      the truncated model (no layer after the last captured one, no head) on our plan's batches, results
                 dropped: the physical limit of any extraction with this target
@@ -316,10 +317,16 @@ def report(bench: Bench, results: dict[str, list[dict[str, Any]]]) -> None:
     heads += (("device GiB", 12), ("host +GiB", 11))
     print(" " * 10 + "".join(f"{head:>{width}}" for head, width in heads))
     median = {name: statistics.median(r["seconds"] for r in runs) for name, runs in results.items()}
+
+    def times(name: str, other: str) -> float:
+        """How many times as long ``other`` takes, round by round: the machine's speed drifts."""
+        pairs = zip(results[name], results[other], strict=True)
+        return statistics.median(theirs["seconds"] / own["seconds"] for own, theirs in pairs)
+
     for name, runs in results.items():
         seconds, last = median[name], runs[-1]
         host = max(run["host"] for run in runs)
-        of_bare = median["bare"] / seconds if "bare" in median else float("nan")
+        of_bare = times(name, "bare") if "bare" in median else float("nan")
         print(
             f"{name:10}{bench.tokens / seconds:10,.0f}{of_bare:8.1%}{1 - bench.tokens / last['padded']:9.1%}"
             f"{last['written'] / 1e9:12.2f}{last['written'] / 1e9 / seconds:7.2f}{last['device']:12.1f}{host:11.2f}"
@@ -327,7 +334,7 @@ def report(bench: Bench, results: dict[str, list[dict[str, Any]]]) -> None:
     if "ours" in median:
         for name in ("nemo", "deepspec"):
             if name in median:
-                print(f"ours / {name}: {median[name] / median['ours']:.2f}x")
+                print(f"ours / {name}: {times('ours', name):.2f}x")
         print(f"ours waited {bench.stats.seconds_waiting_for_disk:.2f} s for the disk in the last round")
     if "bare" in median and bench.device.type == "cuda":
         name = torch.cuda.get_device_name()

@@ -2,8 +2,10 @@
 
     python scripts/bench_write.py --mib 512
 
-In one run, alternating, the same bytes (one shard of Qwen3-8B's width in bfloat16):
-  disk          one sequential write of as many bytes from memory, then fsync: the physical limit
+In one run, alternating, the same bytes (one shard of Qwen3-8B's width in bfloat16). Processor seconds are those of
+this process and of the kernel for it; while a target runs on the same cores they are taken from it.
+  disk          one sequential write past the page cache of as many bytes from memory, then fsync: the physical limit
+  page cache    the same through the page cache, as most programs write
   save_file     safetensors.torch.save_file of the same tensors, then fsync of file and folder: as durable
   ours          ShardBuffer.commit: every sample's checksum, temporary file, write, fsync, rename, fsync of the folder
   no checksums  the same commit without computing checksums: what they cost
@@ -24,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 from cache_format.codecs import RawCodec, States
+from cache_format.direct_write import write_direct
 from cache_format.shard import ShardBuffer, ShardSchema
 from cache_format.storage import committed, sync_folder, write_all
 
@@ -52,7 +55,7 @@ def main() -> None:
     buffer = fill(args.mib)
     assert buffer.container is not None
     num_bytes = buffer.container.num_bytes
-    data = buffer._memory[:num_bytes].numpy().data
+    data = buffer._memory[:num_bytes].numpy()
     tensors = {name: buffer.tensor(name) for name in buffer.container.places}
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -60,7 +63,12 @@ def main() -> None:
 
         def disk() -> None:
             with open(path, "wb", buffering=0) as file:
-                write_all(file, data)
+                write_direct(file, data)
+                os.fsync(file.fileno())
+
+        def page_cache() -> None:
+            with open(path, "wb", buffering=0) as file:
+                write_all(file, data.data)
                 os.fsync(file.fileno())
 
         def library() -> None:
@@ -74,26 +82,30 @@ def main() -> None:
 
         def no_checksums() -> None:
             with committed(path) as file:
-                write_all(file, data)
+                write_direct(file, data)
 
         ways: dict[str, Callable[[], None]] = {
             "disk": disk,
+            "page cache": page_cache,
             "save_file": library,
             "ours": ours,
             "no checksums": no_checksums,
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
+        processor: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(args.repeat):
             for name, way in ways.items():
                 path.unlink(missing_ok=True)
-                started = time.perf_counter()
+                started, busy = time.perf_counter(), time.process_time()
                 way()
                 seconds[name].append(time.perf_counter() - started)
+                processor[name].append(time.process_time() - busy)
         speed = {name: num_bytes / statistics.median(values) / 1e9 for name, values in seconds.items()}
         print(f"{num_bytes / 2**20:.0f} MiB, median of {args.repeat}")
-        print(f"{'':14}{'GB/s':>8}{'of disk':>10}{'of save_file':>14}")
+        print(f"{'':14}{'GB/s':>8}{'of disk':>10}{'of save_file':>14}{'processor s/GB':>16}")
         for name, value in speed.items():
-            print(f"{name:14}{value:8.2f}{value / speed['disk']:10.0%}{value / speed['save_file']:14.0%}")
+            busy = statistics.median(processor[name]) / num_bytes * 1e9
+            print(f"{name:14}{value:8.2f}{value / speed['disk']:10.0%}{value / speed['save_file']:14.0%}{busy:16.2f}")
 
 
 if __name__ == "__main__":
