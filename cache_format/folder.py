@@ -22,7 +22,8 @@ from cache_format.errors import CacheError, InputError, StorageError
 from cache_format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileInfo, Manifest, file_info
 from cache_format.shard_cache import ShardCache
 from cache_format.storage import TEMPORARY_SUFFIX, committed, inside, make_folder, write_all
-from cache_format.store import Store, StoreFile, is_url
+from cache_format.store import Store, is_url
+from cache_format.store_file import StoreFile
 
 Check = Callable[[Path], None]
 """Looks at a shard that was downloaded; raises CacheError where it is damaged."""
@@ -89,6 +90,16 @@ def open_folder(place: str | os.PathLike[str]) -> LocalFolder | StoreFolder:
         InputError: a URL that cannot be used.
     """
     return StoreFolder(Store(place)) if isinstance(place, str) and is_url(place) else LocalFolder(Path(place))
+
+
+def shard_bytes(place: str | os.PathLike[str]) -> int:
+    """Bytes of all shard files of the cache in a local folder, or at a URL."""
+    folder = open_folder(place)
+    total = 0
+    for name in folder.names("shards"):
+        with suppress(CacheError):
+            total += (folder.size(f"shards/{name}") or 0) if name.endswith(".safetensors") else 0
+    return total
 
 
 class LocalFolder:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,36 +15,21 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cache_format.batch import DFlashTargetBatch
-from cache_format.byte_source import ByteSource, LocalFile
+from cache_format.byte_source import ByteSource
 from cache_format.codecs import RawCodec
 from cache_format.embeddings import EMBEDDINGS_NAME, load_input_embeddings, load_output_embeddings
-from cache_format.errors import CacheError, InputError, MismatchError, StorageError
+from cache_format.errors import CacheError, InputError, StorageError
+from cache_format.expect import check_expected
 from cache_format.folder import Folder, LocalFolder, StoreFolder, open_to_read
 from cache_format.gather import Gathered, Piece, gather, widened
 from cache_format.index import INDEX_NAME, SHARDS_NAME, Index, read_index, read_shard_sizes, tables_from_shards
 from cache_format.loader import CacheLoader, LoaderOptions, default_rank
 from cache_format.manifest import Manifest
+from cache_format.open_shards import OpenShard, OpenShards
 from cache_format.packing import with_documents
 from cache_format.read_ahead import Turn, reading_ahead
-from cache_format.safetensors_file import DTYPES
 from cache_format.shard import ShardFile, finished_shards, sample_hasher, shard_name
 from cache_format.store import is_url
-
-MAX_OPEN_SHARDS = 128
-"""Shards held open at once: well under the usual limit of 1,024 file descriptors."""
-
-EXPECTABLE = (
-    "target",
-    "model_type",
-    "target_layer_ids",
-    "hidden_size",
-    "num_hidden_layers",
-    "vocab_size",
-    "dtype",
-    "codec",
-    "fingerprint",
-)
-"""What ``FeatureCache.open(expect=...)`` can compare."""
 
 
 class FeatureCache(Dataset):
@@ -69,9 +52,7 @@ class FeatureCache(Dataset):
         self._schema = manifest.schema()
         self._shards = shards
         self._options = options
-        self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._opening: dict[int, threading.Lock] = {}
-        self._lock, self._pid = threading.Lock(), os.getpid()
+        self._opened = OpenShards(self._schema, may_vanish=isinstance(folder, StoreFolder))
 
     @classmethod
     def open(
@@ -125,7 +106,7 @@ class FeatureCache(Dataset):
     def _open(cls, folder: Folder, options: dict[str, Any]) -> FeatureCache:
         manifest = Manifest.read(folder.path)
         if options["expect"]:
-            _check_expected(folder.where, manifest, options["expect"])
+            check_expected(folder.where, manifest, options["expect"])
         if manifest.state == "complete":
             index, shards = _read_tables(folder, manifest)
         elif not options["allow_incomplete"]:
@@ -374,41 +355,17 @@ class FeatureCache(Dataset):
                 "then the cache's extract command",
             )
 
-    def _locate(self, i: int) -> tuple[_OpenShard, int, int]:
+    def _locate(self, i: int) -> tuple[OpenShard, int, int]:
         if not -len(self) <= i < len(self):
             raise IndexError(f"sample {i} is outside 0..{len(self) - 1}")
         index = self.index
         number, start, length = int(index.shard[i]), int(index.row_start[i]), int(index.num_tokens[i])
         if not 0 <= number < self._shards.count:
             raise CacheError(f"{self.where}/{INDEX_NAME}", f"sample {i}: shard {number} does not exist")
-        shard = self._shard(number)
+        shard = self._opened.get(number, self._source)
         if length < 1 or start < 0 or start + length > shard.file.num_tokens:
             raise CacheError(f"{self.where}/{INDEX_NAME}", f"sample {i}: its rows are outside of shard {number}")
         return shard, start, start + length
-
-    def _shard(self, number: int) -> _OpenShard:
-        if self._pid != os.getpid():
-            # A thread of the parent may have held the lock when a DataLoader worker was forked off.
-            self._lock, self._pid = threading.Lock(), os.getpid()
-            self._opening = {}
-        with self._lock:
-            if number in self._open_shards:
-                self._open_shards.move_to_end(number)
-                return self._open_shards[number]
-            opening = self._opening.setdefault(number, threading.Lock())
-        # One at a time for each shard, others meanwhile: it may have to be downloaded.
-        with opening:
-            shard = self._open_shards.get(number) or _OpenShard(self._source(number), self._schema, number)
-            with self._lock:
-                self._open_shards[number] = shard
-                self._opening.pop(number, None)
-                # Not closed here: another thread may be reading it. It closes with its last user.
-                while len(self._open_shards) > MAX_OPEN_SHARDS:
-                    self._open_shards.popitem(last=False)
-                if isinstance(self.folder, StoreFolder):
-                    for gone in [n for n, other in self._open_shards.items() if other.is_removed]:
-                        del self._open_shards[gone]
-        return shard
 
     def _source(self, number: int) -> ByteSource:
         def check(path: Path) -> None:
@@ -448,34 +405,6 @@ class _Shards:
         return None if self.bytes is None else int(self.bytes[number])
 
 
-class _OpenShard:
-    """A checked shard and, where it is on this disk, its private memory map."""
-
-    def __init__(self, source: ByteSource, schema: Any, number: int):
-        self.file = ShardFile(source, schema, number)
-        self._map = source.map() if isinstance(source, LocalFile) else None
-        if self._map is not None and len(self._map) != self.file.container.num_bytes:
-            raise CacheError(source.where, "changed its size while it was opened")
-
-    @property
-    def is_removed(self) -> bool:
-        """Whether its file has no name any more."""
-        return isinstance(self.file.source, LocalFile) and self.file.source.is_removed
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a per-token tensor, without a copy where the file is mapped."""
-        place = self.file.container.places[name]
-        offset, size = self.file.row_range(name, start, stop)
-        if self._map is not None:
-            count = size // place.itemsize
-            flat = torch.frombuffer(self._map, dtype=DTYPES[place.dtype], count=count, offset=offset)
-        else:
-            flat = torch.empty(size, dtype=torch.uint8)
-            self.file.read_into(offset, flat.numpy())
-            flat = flat.view(DTYPES[place.dtype])
-        return flat.view(stop - start, *place.shape[1:])
-
-
 def _folder(path: str | os.PathLike[str], options: dict[str, Any], small_files: Path | None) -> Folder:
     cache_dir = options["cache_dir"]
     if isinstance(path, str) and is_url(path):
@@ -512,31 +441,3 @@ def _read_tables(folder: Folder, manifest: Manifest) -> tuple[Index, _Shards]:
         raise CacheError(f"{folder.where}/{INDEX_NAME}", f"has {len(index):,} samples, the manifest {samples:,}")
     # A table's size of a local shard is not believed: the file says it.
     return index, _Shards(len(stored), sizes if isinstance(folder, StoreFolder) else None)
-
-
-def _check_expected(where: str, manifest: Manifest, expect: Mapping[str, Any]) -> None:
-    unknown = sorted(set(expect) - set(EXPECTABLE))
-    if unknown:
-        raise InputError(f"expect: a cache has no field {', '.join(unknown)}; it has {', '.join(EXPECTABLE)}")
-    target = manifest.target
-    have = {
-        "target": target.name,
-        "model_type": target.model_type,
-        "target_layer_ids": manifest.target_layer_ids,
-        "hidden_size": target.hidden_size,
-        "num_hidden_layers": target.num_hidden_layers,
-        "vocab_size": target.vocab_size,
-        "dtype": manifest.dtype,
-        "codec": manifest.codec["name"],
-        "fingerprint": manifest.fingerprint,
-    }
-    asked = {name: _plain(value) for name, value in expect.items()}
-    different = {name: (have[name], asked[name]) for name in asked if have[name] != asked[name]}
-    if different:
-        raise MismatchError(f"{where}: this cache is not what the trainer expects. Different:", different)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    return list(value) if isinstance(value, tuple | range) else value

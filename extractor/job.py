@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from cache_format.errors import CacheError, InputError
-from cache_format.lock import LOCK_NAME, writing
+from cache_format.lock import writing
 from cache_format.manifest import (
     MANIFEST_NAME,
     DataInfo,
@@ -20,55 +21,32 @@ from cache_format.manifest import (
     require_same_identity,
     torch_dtype,
 )
-from cache_format.repair import LATER_IDENTITY, QUARANTINE_NAME
+from cache_format.repair import LATER_IDENTITY
 from cache_format.samples import PreparedSamples, part_path
 from cache_format.seal import describe_files, seal
-from cache_format.shard import ShardSchema, shard_name
+from cache_format.shard import shard_name
 from cache_format.storage import inside, make_folder, remove_temporaries
 from extractor.batch_budget import find_batch_tokens
 from extractor.config import ExtractOptions
 from extractor.dataset import open_source
-from extractor.deterministic import be_deterministic
-from extractor.engine.tensor_parallel import Group, load_target_part, require_plan, whole_embeddings
+from extractor.engine.tensor_parallel import Group, require_plan
 from extractor.engine.worker import Worker
-from extractor.forward import HiddenStateExtractor, padding_mode
+from extractor.forward import HiddenStateExtractor
 from extractor.identity import inputs_identity, other_software, software
-from extractor.load_target import (
-    TargetShape,
-    load_config,
-    load_target,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-)
+from extractor.load_extractor import load_extractor
+from extractor.load_target import TargetShape, load_config, load_tokenizer, resolve_device, resolve_dtype
+from extractor.out_folder import refuse_foreign_folder, require_space, shards_schema
 from extractor.plan import DEFAULT_BATCH_TOKENS, Plan
 from extractor.prepare import prepare
-from extractor.progress import Reporter, compact, say, size
+from extractor.progress import Reporter, say
+from extractor.report import ExtractReport, progress_note
 from extractor.resume import missing_shards, require_all_files
 from extractor.run import RunStats, ShardRunner
-from extractor.target import HFDFlashTargetModel
 from extractor.target_files import write_target_files
 from extractor.timeline import Timeline
 
 PATIENCE_SECONDS = 30 * 60.0
 """How long a worker waits for the leading one without seeing it make anything."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractReport:
-    """What ``extract`` did, for the screen and for ``--json``."""
-
-    cache: str
-    fingerprint: str
-    samples: int
-    tokens: int
-    shards: int
-    quarantined: int
-    dropped: dict[str, int]
-    run: RunStats
-    """of this run alone; zeros where nothing was left to do"""
-    complete: bool = True
-    """False: this worker's share is done, others are still at theirs, or left theirs undone"""
 
 
 def extract(
@@ -311,7 +289,16 @@ class Job:
         Raises:
             MismatchError: this target decides otherwise than the one that the cache was begun with.
         """
-        extractor, decided = self._load(samples)
+        self.say(f"loading target {self.options.target.name} ({self.dtype}) on {self.device}")
+        loaded = load_extractor(
+            self.options,
+            dtype=torch_dtype(self.dtype),
+            device=self.device,
+            target_layer_ids=self.layer_ids,
+            longest=int(samples.num_tokens.max()),
+            group=self.group,
+        )
+        extractor, decided = loaded.extractor, dict(loaded.decided)
         if manifest.state == "preparing":
             if self.options.plan.batch_tokens is None and "batch_tokens" not in manifest.identity:
                 found = find_batch_tokens(
@@ -319,7 +306,7 @@ class Job:
                 )
                 self.say(f"--batch-tokens auto: {found:,}")
                 decided["batch_tokens"] = found
-            manifest = self.commit(self._planned(manifest, samples, plan, decided))
+            manifest = self.commit(self._planned(manifest, samples, plan, decided, loaded.embeddings))
             plan = self.plan(manifest, samples)
         require_same_identity(self.out, manifest.identity, {**manifest.identity, **decided})
         return manifest, plan, extractor
@@ -397,53 +384,16 @@ class Job:
         )
         return samples
 
-    def _load(self, samples: PreparedSamples) -> tuple[HiddenStateExtractor, dict[str, Any]]:
-        """The target, ready to run, and the part of the identity that only the loaded target decides."""
-        options = self.options.target
-        if options.deterministic:
-            be_deterministic()
-        self.say(f"loading target {options.name} ({self.dtype}) on {self.device}")
-        if self.group is not None:
-            self.group.load()
-            model = load_target_part(self.options, torch_dtype(self.dtype), self.device)
-            self.embeddings = whole_embeddings(model)
-        else:
-            model = self.embeddings = load_target(
-                options.name,
-                revision=options.revision,
-                dtype=torch_dtype(self.dtype),
-                device=self.device,
-                attn_implementation=options.attn_implementation,
-                trust_remote_code=options.trust_remote_code,
-                device_map=options.device_map,
-            )
-        target = HFDFlashTargetModel(model, self.layer_ids)
-        target.before_pass = None if self.group is None else self.group.announce
-        if options.compile:
-            target.compile()
-        try:
-            mode = padding_mode(target, longest=int(samples.num_tokens.max()))
-        except RuntimeError as error:
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            raise InputError(
-                f"--compile: torch cannot compile this target here: {str(error).splitlines()[0]}. Install what is "
-                "missing (Debian: apt-get install g++ python3-dev) and run the same command again, or begin another "
-                "cache without --compile"
-            ) from error
-        attention = getattr(model.config, "_attn_implementation", None) or "eager"
-        extractor = HiddenStateExtractor(target, mode, self.options.capture)
-        return extractor, {"attn_implementation": attention, "padding": mode}
-
     def _planned(
         self,
         manifest: Manifest,
         samples: PreparedSamples,
         plan: Plan,
         decided: dict[str, Any],
+        embeddings: nn.Module,
     ) -> Manifest:
         """The manifest of state extracting; the target's folder is written first."""
-        tied, scale = write_target_files(self.out, self.embeddings, self.config, self.tokenizer)
+        tied, scale = write_target_files(self.out, embeddings, self.config, self.tokenizer)
         totals = Totals(
             parts=sum(1 for _ in (self.out / "samples").glob("samples-*.arrow")),
             samples=len(samples),
@@ -477,43 +427,3 @@ class Job:
             self.timeline.write(self.options.profile)
             say(f"{self.options.profile}: what each thread did when; open it at ui.perfetto.dev")
         return stats
-
-
-def require_space(cache: Path, num_bytes: int) -> None:
-    """Refuse to begin what cannot end.
-
-    Raises:
-        InputError: the disk has fewer bytes free than that; what is prepared so far stays for the next run.
-    """
-    free = shutil.disk_usage(cache).free
-    if free < num_bytes:
-        raise InputError(
-            f"{cache}: what is missing needs {size(num_bytes)} but the disk has {size(free)} free. Free some space "
-            "and run the same command again, or choose another --out, fewer layers (--target-layers), a smaller "
-            "--max-length, or --limit."
-        )
-
-
-def shards_schema(manifest: Manifest) -> ShardSchema:
-    """The shards' schema for sizes: the fingerprint may not be known yet, but its length is."""
-    schema = manifest.schema()
-    return schema if schema.fingerprint else replace(schema, fingerprint="0" * 64)
-
-
-def refuse_foreign_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; name a new or empty folder")
-    if out.is_dir() and not (out / MANIFEST_NAME).exists():
-        known = {"samples", "shards", "target", QUARANTINE_NAME, LOCK_NAME}
-        strange = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.endswith(".tmp"))
-        if strange:
-            raise InputError(f"--out {out} is not empty and not a cache (it has {strange[0]!r}); name another folder")
-
-
-def progress_note(stats: RunStats) -> str:
-    """What a line of progress says beside the tokens."""
-    seconds = max(stats.seconds, 1e-9)
-    return (
-        f"{compact(stats.samples)} samples, {compact(stats.tokens / seconds)} tok/s, "
-        f"{stats.bytes / seconds / 1e9:.2f} GB/s"
-    )

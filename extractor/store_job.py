@@ -20,9 +20,11 @@ from cache_format.upload import Upload
 from extractor.config import ExtractOptions
 from extractor.engine.worker import Worker
 from extractor.forward import HiddenStateExtractor
-from extractor.job import PATIENCE_SECONDS, ExtractReport, Job, require_space, shards_schema
+from extractor.job import PATIENCE_SECONDS, Job
+from extractor.out_folder import require_space, shards_schema
 from extractor.plan import Plan
 from extractor.progress import say
+from extractor.report import ExtractReport
 from extractor.resume import missing_shards, way_out
 from extractor.run import NUM_BUFFERS, RunStats, ShardRunner
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import queue
 import statistics
 import tempfile
@@ -262,6 +263,7 @@ def timed(function: Callable[[Path], tuple[int, int]], out: Path, bench: Bench) 
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     gc.collect()
+    os.sync()  # nobody pays for what the one before left to be written
     before = host_bytes("VmRSS", from_here=True)
     started = time.perf_counter()
     padded, written = function(out)

@@ -242,7 +242,7 @@ def test_a_bad_row_is_named_and_the_folder_can_be_used_again(job, tmp_path, cli,
 
 def test_a_full_disk_is_told_before_anything_is_computed(job, tmp_path, cli, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
-    monkeypatch.setattr("extractor.job.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("extractor.out_folder.shutil.disk_usage", lambda path: usage)
     code, _, err = cli("extract", *job, "--out", tmp_path / "out")
     assert (code, "9.8 KiB free" in err) == (2, True)
     monkeypatch.undo()

@@ -197,7 +197,7 @@ def test_file_systems_of_every_size(cli, small_job, whole, mount, monkeypatch, l
 def test_the_space_check_leaves_what_the_next_run_needs(cli, small_job, whole, tmp_path, monkeypatch):
     out = tmp_path / "c"
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("extractor.job.shutil.disk_usage", lambda path: usage._replace(free=10_000))
+    monkeypatch.setattr("extractor.out_folder.shutil.disk_usage", lambda path: usage._replace(free=10_000))
     code, _, err = cli(*small_job, "--out", out)
     assert (code, "9.8 KiB free" in err) == (2, True)
     assert sorted(contents(out)) == [MANIFEST_NAME, "samples/samples-00000.arrow"]

@@ -285,7 +285,7 @@ def test_a_batch_larger_than_the_cache_takes_no_more_memory_than_the_cache(cache
 
 def test_a_worker_forked_while_a_reader_thread_is_in_the_cache(cache):
     """Its copy of the lock is held by a thread that it does not have."""
-    with cache._lock:
+    with cache._opened._lock:
         pid = os.fork()
         if not pid:
             signal.alarm(5)

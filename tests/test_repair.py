@@ -13,7 +13,7 @@ import torch
 from jobs import contents
 from safetensors.torch import load_file, save_file
 
-from cache_format import CacheError, FeatureCache
+from cache_format import FeatureCache
 from cache_format.integrity import verify
 from cache_format.manifest import Manifest
 
@@ -149,8 +149,7 @@ def test_a_reader_stays_open_while_a_repair_runs(made, cli, tmp_path):
     assert torch.equal(reader[good].hidden_states, before[good])
     assert held.shape == before[bad].shape, "what was mapped stays mapped"
     assert reader[other].input_ids.numel() > 0
-    with pytest.raises(CacheError, match="shard-00001"):
-        FeatureCache.open(cache, allow_incomplete=True)._shard(1)
+    assert set(FeatureCache.open(cache, allow_incomplete=True).index.shard) == set(reader.index.shard) - {1}
 
 
 def replaced_by_a_link(path: Path, outside: Path) -> None:

@@ -114,7 +114,7 @@ def test_the_local_cache_is_bounded(url, local, tmp_path):
         assert same(a, b)
         assert bytes_in(folder) <= limit
     assert not list(folder.glob("*.tmp"))
-    removed = [n for n, shard in cache._open_shards.items() if shard.is_removed]
+    removed = [n for n, shard in cache._opened._open.items() if shard.is_removed]
     assert len(removed) <= 4, "what was removed is not held open for long"
 
 

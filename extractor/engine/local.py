@@ -18,8 +18,9 @@ from cache_format.errors import DFlashCacheError, InputError
 from extractor.config import ExtractOptions
 from extractor.engine.shard_queue import WorkerError
 from extractor.engine.worker import Worker
-from extractor.job import ExtractReport, extract, progress_note
+from extractor.job import extract
 from extractor.progress import Reporter, say
+from extractor.report import ExtractReport, progress_note
 from extractor.run import RunStats, added
 from extractor.signals import Stopped, stoppable
 

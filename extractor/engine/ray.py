@@ -29,10 +29,12 @@ from extractor.config import ExtractOptions
 from extractor.engine.ray_worker import ShardWorker
 from extractor.engine.shard_queue import ShardQueue, WorkerError
 from extractor.engine.worker import Worker
-from extractor.job import ExtractReport, Job, progress_note, refuse_foreign_folder
+from extractor.job import Job
 from extractor.load_target import resolve_dtype
+from extractor.out_folder import refuse_foreign_folder
 from extractor.plan import Plan
 from extractor.progress import Reporter, say
+from extractor.report import ExtractReport, progress_note
 from extractor.resume import missing_shards, require_all_files
 from extractor.run import DeviceMemoryError, NonFiniteError, RunStats, added
 

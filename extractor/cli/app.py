@@ -1,0 +1,73 @@
+"""The commands together: help, exit codes, errors without tracebacks.
+
+Exit codes: 0 done or whole, 1 failed on the way or damaged, 2 could not start (bad input, another cache, locked),
+130 stopped by SIGINT, 143 by SIGTERM (run it again).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import traceback
+
+import typer
+
+from cache_format.errors import DFlashCacheError, InputError, MismatchError, StorageError
+from cache_format.lock import LockedError
+from extractor.cli.estimate import estimate
+from extractor.cli.exit_codes import EXIT_COULD_NOT_START, EXIT_FAILED
+from extractor.cli.export import export
+from extractor.cli.extract import extract
+from extractor.cli.inspect import inspect
+from extractor.cli.recode import recode
+from extractor.cli.repair import repair
+from extractor.cli.verify import verify
+from extractor.progress import say
+from extractor.signals import Stopped, stoppable
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help=(
+        "Run a frozen target LLM once over a dataset and cache what a DFlash draft trains on.\n\n"
+        "[bold]estimate[/bold] what it will take, [bold]extract[/bold] it, [bold]inspect[/bold] and "
+        "[bold]verify[/bold] it; a trainer reads it with cache_format.FeatureCache.\n\n"
+        "Exit codes: 0 done or whole; 1 failed on the way, or damaged; 2 could not start (bad input, another "
+        "cache, locked by another process); 130 or 143 stopped by Ctrl-C or SIGTERM, run it again."
+    ),
+)
+for command in (extract, estimate, inspect, verify, repair, export, recode):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    debug = "--debug" in sys.argv
+    if not sys.stderr.isatty():
+        # The libraries' own progress bars would fill a log file; ours writes a line now and then.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    to_go_on = f"what was finished is kept. To go on: {shlex.join(['dflash-cache', *sys.argv[1:]])}"
+    try:
+        with stoppable(to_go_on):
+            app(standalone_mode=True)
+    except Stopped as stop:
+        say(f"{stop}; {to_go_on}")
+        sys.stdout.flush()
+        # Threads of libraries may still run; nothing they do is needed any more.
+        os._exit(stop.exit_code)
+    except DFlashCacheError as error:
+        if debug:
+            traceback.print_exc()
+        say(f"error: {error}")
+        could_not_start = isinstance(error, InputError | MismatchError | LockedError)
+        sys.exit(EXIT_COULD_NOT_START if could_not_start else EXIT_FAILED)
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        where = error.filename or ""
+        say(f"error: {StorageError(where, 'go on', error) if where else error}")
+        sys.exit(EXIT_FAILED)

@@ -1,0 +1,64 @@
+"""export: a cache as another project's offline reader wants it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from cache_format.errors import InputError
+from extractor.cli.exit_codes import EXIT_FAILED, or_could_not_run
+from extractor.cli.options import Cache, Debug, Json, folder
+from extractor.cli.output import show
+from extractor.progress import Reporter, say, size
+
+
+def export(
+    cache: Cache,
+    out: Annotated[Any, typer.Argument(help="Folder to write: new, or begun by the same command.", parser=folder)],
+    to: Annotated[
+        str,
+        typer.Option(help="specforge, speculators, modelopt, deepspec or nemo-dspark.", show_default=False),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask, on a terminal.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the files that another project's own offline reader opens. The same command again resumes it.
+
+    A trainer that reads the cache itself (see the README) needs no copy of it: an export is as large as the cache, or
+    larger, so its size is shown first, and on a terminal it asks. Each sample's checksum is checked on the way.
+    modelopt, deepspec and nemo-dspark hold the target's last hidden states: extract with --capture last_hidden_states.
+    speculators holds the output of the target's last layer: name it in --target-layers.
+
+    Example: dflash-cache export /data/cache --to specforge /data/specforge
+    """
+    from cache_format import FeatureCache
+    from cache_format.export import LAYOUTS, plan_export
+    from cache_format.export import export as run_export
+
+    if to not in LAYOUTS:
+        raise InputError(f"--to {to}: choose one of {', '.join(LAYOUTS)}")
+    with or_could_not_run():
+        source = FeatureCache.open(cache, verify="sample")
+    plan = plan_export(source, LAYOUTS[to], out)
+    done = f", {plan.done_files:,} of them done" if plan.done_files else ""
+    say(f"{out}: {plan.files:,} files, {size(plan.bytes)}{done}; {size(plan.free_bytes)} free. Reader: {plan.reader}")
+    if not yes and sys.stdin.isatty() and sys.stderr.isatty() and not typer.confirm("Write them?", err=True):
+        say("nothing was changed")
+        raise typer.Exit(EXIT_FAILED)
+    with Reporter("export", plan.bytes, "bytes") as reporter:
+        report = run_export(
+            source, LAYOUTS[to], out, progress=lambda files, done: reporter.update(done, f"{files:,} files")
+        )
+    if as_json:
+        show(json.dumps({**asdict(report), "plan": asdict(plan)}))
+        return
+    say(f"{out}: complete, {report.files:,} files written, {report.done_files:,} were there")
+    if report.left_out:
+        say(f"left out: {report.left_out:,} samples that {plan.reader} refuses (no two adjacent learned tokens)")
+    for line in plan.settings:
+        say(f"set in the trainer: {line}")

@@ -1,0 +1,263 @@
+"""Options that several commands have: name, help and type of each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cache_format.errors import InputError
+
+_TARGET, _DATA, _SAMPLES, _SIZES = "The target", "The data", "Samples and loss mask", "Shards and batches"
+_CLUSTER = "A cluster"
+
+Target = Annotated[
+    str, typer.Option(help="Hub id or local folder of the target LLM.", rich_help_panel=_TARGET, show_default=False)
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="A .jsonl, .json or .parquet file, a folder of them, a folder saved by datasets, or a hub id. Rows hold "
+        "messages, conversations, prompt + response, text, or input_ids with loss_mask or labels.",
+        rich_help_panel=_DATA,
+        show_default=False,
+    ),
+]
+TargetLayers = Annotated[
+    str | None,
+    typer.Option(
+        help="Decoder layers to capture, such as 1,9,17,25,33; layer i's output is hidden_states\\[i + 1] of "
+        "transformers. Default: the layers DFlash publishes for --num-draft-layers.",
+        rich_help_panel=_TARGET,
+        show_default=False,
+    ),
+]
+NumDraftLayers = Annotated[
+    int,
+    typer.Option(min=1, help="Layers of the draft; one target layer is captured for each.", rich_help_panel=_TARGET),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="float32, bfloat16 or float16, of the weights and of the stored states; auto: bfloat16 on CUDA, float32 "
+        "on the CPU.",
+        rich_help_panel=_TARGET,
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_TARGET)]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        help="Attention kernel of transformers, such as sdpa or flash_attention_2. Default: what it picks.",
+        rich_help_panel=_TARGET,
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub target.", rich_help_panel=_TARGET, show_default=False)
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the target.", rich_help_panel=_TARGET)
+]
+Split = Annotated[
+    str | None,
+    typer.Option(help="Split of a saved or hub dataset, such as train.", rich_help_panel=_DATA, show_default=False),
+]
+DataRevision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a hub dataset.", rich_help_panel=_DATA, show_default=False),
+]
+Streaming = Annotated[
+    bool,
+    typer.Option("--streaming", help="Read rows as they come instead of downloading first.", rich_help_panel=_DATA),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="Only the first N rows: a trial run.", rich_help_panel=_DATA, show_default=False),
+]
+OnBadRow = Annotated[
+    str,
+    typer.Option(help="fail at a malformed row, naming it, or skip and count it.", rich_help_panel=_DATA),
+]
+RowFormat = Annotated[
+    str | None,
+    typer.Option(
+        help="messages, conversations, prompt-response, text or input_ids. Default: told from the columns.",
+        rich_help_panel=_SAMPLES,
+        show_default=False,
+    ),
+]
+LossOn = Annotated[
+    str | None,
+    typer.Option(
+        help="assistant: the assistant's tokens, end-of-turn included; all: every token; column: the loss_mask or "
+        "labels of pre-tokenised rows. Default: column for input_ids rows, else assistant.",
+        rich_help_panel=_SAMPLES,
+        show_default=False,
+    ),
+]
+MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of the longest sample.", rich_help_panel=_SAMPLES)]
+TooLong = Annotated[
+    str,
+    typer.Option(
+        help="truncate longer samples to their first --max-length tokens, or drop them.", rich_help_panel=_SAMPLES
+    ),
+]
+MinLossTokens = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Drop samples with fewer learned tokens than this. A draft is trained on blocks that start at learned "
+        "tokens, so a sample without one teaches nothing; SpecForge asks for twice the block_size (32 for blocks "
+        "of 16).",
+        rich_help_panel=_SAMPLES,
+    ),
+]
+Capture = Annotated[
+    list[str],
+    typer.Option(
+        help="Beside hidden_states: last_hidden_states (what the LM head takes; DSpark) or logits-topk=K (the K "
+        "largest logits and the log-sum-exp; JetSpec). May be given twice. The whole target is then run.",
+        rich_help_panel=_TARGET,
+        show_default=False,
+    ),
+]
+ShardSize = Annotated[str, typer.Option(help="Largest shard file, counted before the codec.", rich_help_panel=_SIZES)]
+BatchTokens = Annotated[
+    str,
+    typer.Option(
+        help="Tokens of one forward pass, padding included: memory against speed. auto: the most that fit the device, "
+        "found by trying once and kept for the whole cache.",
+        rich_help_panel=_SIZES,
+    ),
+]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        help="Several devices of this machine, a worker process each: all, or a list such as cuda:0,cuda:1 or cpu,cpu. "
+        "The same bytes as with one.",
+        rich_help_panel=_TARGET,
+        show_default=False,
+    ),
+]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="local: this process, --devices, torchrun or srun. ray: actors of a Ray cluster whose nodes all see the "
+        "cache, the data and the target under the same paths (pip install 'dflash-cache\\[ray]').",
+        rich_help_panel=_CLUSTER,
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="With --engine ray: auto (the cluster that this node is of) or host:port. Default: RAY_ADDRESS, or a "
+        "cluster of this machine alone.",
+        rich_help_panel=_CLUSTER,
+        show_default=False,
+    ),
+]
+NumWorkers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="With --engine ray: actors, each with the target. More than there is room for make an autoscaling cluster "
+        "grow. Default: what it has room for at the start; without GPUs, one a node.",
+        rich_help_panel=_CLUSTER,
+        show_default=False,
+    ),
+]
+GpusPerWorker = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="With --engine ray: GPUs of each actor; more than one needs --device-map auto. Default: 1, or 0 with "
+        "--device cpu.",
+        rich_help_panel=_CLUSTER,
+        show_default=False,
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="auto: divide a target that is too large for one device over all of them, layer by layer (needs the "
+        "package accelerate).",
+        rich_help_panel=_TARGET,
+        show_default=False,
+    ),
+]
+TpPlan = Annotated[
+    str | None,
+    typer.Option(
+        help="auto: divide each layer of a target that is too large for one device over all processes of torchrun "
+        "(tensor parallelism); the states round differently.",
+        rich_help_panel=_TARGET,
+        show_default=False,
+    ),
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="torch.compile the decoder layers. Pays on long jobs; the states round differently.",
+        rich_help_panel=_TARGET,
+    ),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="Only kernels that give the same bits every time; an operation without one is an error.",
+        rich_help_panel=_TARGET,
+    ),
+]
+OnNonfinite = Annotated[
+    str,
+    typer.Option(
+        help="Where the target gives NaN or Inf: fail, naming sample and layer, or quarantine: leave the sample out "
+        "and list it.",
+        rich_help_panel=_SAMPLES,
+    ),
+]
+Codec = Annotated[
+    str,
+    typer.Option(
+        help="How hidden states are stored. raw: as they are, read without a copy. zbits: lossless, about 0.67 of "
+        "bfloat16. fp8: float8 with a scale for each token and layer, 0.50 of bfloat16, SNR about 34 dB.",
+        rich_help_panel=_SIZES,
+    ),
+]
+
+
+def place(text: str) -> Path | str:
+    """A folder, or a checked URL."""
+    from cache_format.store import is_url, parse_url
+
+    return parse_url(text) if is_url(text) else Path(text)
+
+
+def folder(text: str) -> Path:
+    """A folder, not a URL."""
+    where = place(text)
+    if isinstance(where, str):
+        raise InputError(
+            f"{where}: this command writes to a local folder; a finished cache or export is plain files, which the "
+            "store's own tool can upload (aws s3 sync, gcloud storage rsync)"
+        )
+    return where
+
+
+Cache = Annotated[
+    Any, typer.Argument(help="Folder or URL of the cache.", parser=place, metavar="CACHE", show_default=False)
+]
+Scratch = Annotated[
+    Path | None,
+    typer.Option(
+        help="With a URL: local folder in which files are made before they are uploaded; it holds the prepared "
+        "samples and a few shards. Default: below the system's temporary folder, the same for a rerun.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Report as JSON on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

@@ -1,0 +1,24 @@
+"""Reports on standard output; progress and messages go to standard error (extractor/progress.py)."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from cache_format.errors import StorageError
+
+
+def show(text: object) -> None:
+    """Print a report at once: a full disk behind ``> report.json`` shows here, as any other.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise  # ``| head``: typer ends quietly
+    except OSError as error:
+        # Given up: Python would try once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise StorageError("standard output", "write the report", error) from error

@@ -1,0 +1,78 @@
+"""recode: a copy of a cache with another codec."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from cache_format.errors import CacheError, InputError
+from cache_format.folder import shard_bytes
+from extractor.cli.extract_options import destination
+from extractor.cli.options import Cache, Debug, Json, Scratch, place
+from extractor.cli.output import show
+from extractor.progress import Reporter, say, size
+
+
+def recode(
+    cache: Cache,
+    out: Annotated[
+        Any,
+        typer.Argument(
+            help="Folder or URL of the copy: new, or begun by the same command.", parser=place, metavar="OUT"
+        ),
+    ],
+    codec: Annotated[
+        str,
+        typer.Option(
+            help="raw, zbits (lossless, about 0.67 of bfloat16) or fp8 (0.50 of bfloat16, SNR about 34 dB).",
+            show_default=False,
+        ),
+    ],
+    threads: Annotated[
+        int, typer.Option(min=1, help="Shards worked on at a time; each takes memory for two shards.")
+    ] = 2,
+    scratch: Scratch = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Copy a cache with another codec, without its target; the cache itself stays as it is.
+
+    Each sample's checksum is checked as it is read. The same command again resumes. The copy is the cache that extract
+    would have made with that --codec, so the same extract command can mend it.
+
+    Example: dflash-cache recode /data/cache /data/cache-fp8 --codec fp8
+    """
+    from cache_format import FeatureCache
+    from cache_format.recode import recode as run_recode
+    from cache_format.recode_to_store import recode_to_store
+
+    try:
+        source = FeatureCache.open(cache, verify="sample")
+    except CacheError as error:
+        raise InputError(str(error)) from error
+    total = shard_bytes(cache)
+    done = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        reporter.update(done)
+
+    where = destination(out, scratch)
+    with Reporter("recode", total, "bytes") as reporter:
+        if "url" in where:
+            report = recode_to_store(
+                source, where["url"], where["out"], codec, threads=threads, progress=count, tell=say
+            )
+        else:
+            report = run_recode(source, where["out"], codec, threads=threads, progress=count)
+    if as_json:
+        show(json.dumps(asdict(report)))
+        return
+    say(f"{out}: complete, {report.shards:,} shards made, {report.done_shards:,} were there")
+    say(f"{size(report.bytes_before)} -> {size(report.bytes)}; states {100 * report.ratio:.1f} % of raw")
+    if report.snr_db:
+        say(f"SNR by layer: {', '.join(f'{snr:.1f} dB' for snr in report.snr_db)}")
