@@ -196,7 +196,9 @@ class _Verification:
 
     def _coverage(self, index: Index, num_samples: int) -> Iterator[Problem]:
         """Every prepared sample that is not quarantined, exactly once, in order."""
-        expected = np.setdiff1d(np.arange(num_samples), np.asarray(self.manifest.quarantined, np.int64))
+        stored = np.ones(num_samples, bool)
+        stored[[sample for sample in self.manifest.quarantined if sample < num_samples]] = False
+        expected = np.flatnonzero(stored)
         if np.array_equal(index.sample_id, expected):
             return
         ids, counts = np.unique(index.sample_id, return_counts=True)

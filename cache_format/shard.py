@@ -32,6 +32,12 @@ FORMAT_NAME = "dflash-cache"
 FORMAT_VERSION = 1
 HEAD = (("cu_seqlens", "I64"), ("sample_ids", "I64"), ("sample_checksums", "U64"))
 READ_CHUNK_BYTES = 4 << 20
+_HEADER_BYTES = 8 << 10
+"""A header is seldom longer; where it is, it is parsed."""
+_SIZES = tuple(
+    re.compile(rb'"%s":\{"dtype":"%s","shape":\[(\d{1,15})\]' % (name, dtype))
+    for name, dtype in ((b"sample_ids", b"I64"), (b"input_ids", b"I32"), (BLOCKS.encode(), b"U8"))
+)
 _NUMPY = {"I64": "<i8", "U64": "<u8", "F64": "<f8", "U8": "u1"}
 
 
@@ -225,8 +231,7 @@ class ShardFile:
         self.source = LocalFile(source) if isinstance(source, Path) else source
         self.where = self.source.where
         try:
-            self.container = read_container(self.source)
-            self._check_header()
+            self.container = self._laid_down() or self._checked_header()
             self._keep()
             self.cu_seqlens = self._array("cu_seqlens")
             self.sample_ids = self._array("sample_ids")
@@ -339,8 +344,29 @@ class ShardFile:
             stop = place.stop
         self.source.keep(start, stop)
 
-    def _check_header(self) -> None:
-        found, places = self.container.metadata, self.container.places
+    def _laid_down(self) -> Container | None:
+        """The header as the format lays it down for the sizes that it names, if that is what the file begins with.
+
+        Nothing is parsed, so nothing has to be checked; None says nothing yet.
+        """
+        head = np.empty(min(self.source.size, _HEADER_BYTES), np.uint8)
+        self.source.read_into(0, head)
+        begin = head.tobytes()
+        found = [pattern.search(begin) for pattern in _SIZES[: 2 + self.schema.has_blocks]]
+        if not all(found):
+            return None
+        expected = self.schema.layout(self.number, *(int(match[1]) for match in found if match))
+        whole = begin.startswith(expected.header) and self.source.size == expected.num_bytes
+        return expected if whole else None
+
+    def _checked_header(self) -> Container:
+        """The header of a file that may hold anything.
+
+        Raises:
+            CacheError: it is not the one of this shard, and how it differs.
+        """
+        container = read_container(self.source)
+        found, places = container.metadata, container.places
         for key, value in self.schema.metadata(self.number).items():
             if found.get(key) != value:
                 raise CacheError(
@@ -352,8 +378,9 @@ class ShardFile:
         blocks = places.get(BLOCKS)
         block_bytes = blocks.num_bytes if blocks is not None else 0
         expected = self.schema.layout(self.number, ids.shape[0], rows.shape[0], block_bytes)
-        if self.container.header != expected.header:
+        if container.header != expected.header:
             raise CacheError(self.where, "header is not the one that the format lays down for its samples and tokens")
+        return container
 
     def _check_head(self) -> None:
         rows = self.container.places["input_ids"].shape[0]

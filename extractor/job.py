@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -71,19 +72,34 @@ def extract(
         from extractor.store_job import extract_to_store
 
         return extract_to_store(options, worker or Worker(), on_todo, on_stats)
-    refuse_foreign_folder(options.out)
-    job = Job(options, worker or Worker(), on_todo, on_stats)
-    stored = Manifest.read(options.out) if (options.out / MANIFEST_NAME).exists() else None
-    if stored is not None:
-        job.require_same_inputs(stored)
-    make_folder(options.out)
-    if options.target.tp_plan:
-        job.group = Group(job.device)
-    with writing(options.out, job.worker.job, first=job.clear) as alone:
+    with opened(options, worker or Worker(), on_todo, on_stats) as (job, alone):
         report = job.run(alone)
     if job.group is not None:
         job.group.stop()
     return report
+
+
+@contextmanager
+def opened(
+    options: ExtractOptions,
+    worker: Worker,
+    on_todo: Callable[[int], None] | None = None,
+    on_stats: Callable[[RunStats], None] | None = None,
+) -> Iterator[tuple[Job, Callable[[], bool]]]:
+    """The job of a cache in a folder, with the folder's lock held; and whether this worker holds it alone.
+
+    Raises:
+        DFlashCacheError: as :func:`extract`; nothing was written.
+    """
+    refuse_foreign_folder(options.out)
+    job = Job(options, worker, on_todo, on_stats)
+    if (options.out / MANIFEST_NAME).exists():
+        job.require_same_inputs(Manifest.read(options.out))
+    make_folder(options.out)
+    if options.target.tp_plan:
+        job.group = Group(job.device)
+    with writing(options.out, worker.job, first=job.clear) as alone:
+        yield job, alone
 
 
 class Job:
@@ -267,6 +283,14 @@ class Job:
             CacheError: a shard that is there is damaged, or holds other samples than planned.
         """
         return missing_shards(self.out, manifest.schema(), plan, share)
+
+    def current(self) -> Manifest:
+        """The manifest as it is now, another worker's perhaps."""
+        return Manifest.read(self.out)
+
+    def has_shard(self, number: int) -> bool:
+        """Whether shard ``number`` is committed, by whomever."""
+        return (self.out / shard_name(number)).exists()
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Commit the manifest, once the files that it names are; gives the one that is there now."""

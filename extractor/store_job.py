@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from cache_format.errors import CacheError, InputError
@@ -42,6 +42,25 @@ def extract_to_store(
     Raises:
         DFlashCacheError: as there; what the store refuses too.
     """
+    with opened(options, worker, on_todo, on_stats) as job:
+        report = job.run(lambda: True)
+    if report.complete:
+        shutil.rmtree(job.out, ignore_errors=True)
+    return report
+
+
+@contextmanager
+def opened(
+    options: ExtractOptions,
+    worker: Worker,
+    on_todo: Callable[[int], None] | None = None,
+    on_stats: Callable[[RunStats], None] | None = None,
+) -> Iterator[StoreJob]:
+    """The job of a cache at a URL; its scratch folder is locked and, by the worker that leads, the cache leased.
+
+    Raises:
+        DFlashCacheError: as :func:`extractor.job.extract`; nothing was written.
+    """
     assert options.url is not None
     scratch = options.out / f"worker-{worker.rank}"
     upload = Upload(Store(options.url), scratch)
@@ -54,10 +73,7 @@ def extract_to_store(
     lease = leased(upload.store, say) if worker.leads else nullcontext(lambda: None)
     with writing(scratch, first=job.clear), lease as allowed:
         upload.require(allowed)
-        report = job.run(lambda: True)
-    if report.complete:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return report
+        yield job
 
 
 class StoreJob(Job):
@@ -95,6 +111,15 @@ class StoreJob(Job):
                     "long, run the command with one worker first, and stop it once shards are made"
                 )
             time.sleep(_POLL_SECONDS)
+
+    def current(self) -> Manifest:
+        """See :meth:`Job.current`; what the manifest names is fetched, too."""
+        self.upload.pull()
+        return super().current()
+
+    def has_shard(self, number: int) -> bool:
+        """See :meth:`Job.has_shard`."""
+        return number in self.upload.list_shards()
 
     def commit(self, manifest: Manifest) -> Manifest:
         """See :meth:`Job.commit`."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from jobs import contents
+from s3 import objects
 
 from extractor.engine.shard_queue import MAX_TRIES, ShardQueue, WorkerError
 
@@ -53,7 +54,7 @@ def uninterrupted(one_thread, long_job, tmp_path_factory) -> Path:
     return out
 
 
-def start(job: list[str], out: Path, cluster, *options: str) -> subprocess.Popen:
+def start(job: list[str], out: Path | str, cluster, *options: str) -> subprocess.Popen:
     arguments = [*job, "--out", str(out), "--engine", "ray", "--address", cluster.address, *options]
     return subprocess.Popen([*EXTRACT, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -86,6 +87,29 @@ def test_a_node_that_dies_costs_its_shards_only_and_a_new_one_takes_its_place(
     assert 0 <= report["shards"] - report["run"]["shards"] <= 2, "no shard is made twice"
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "finished shards are not made again"
     assert contents(out) == contents(uninterrupted)
+
+
+@pytest.mark.slow
+def test_to_a_url_while_a_node_dies(s3, bucket, cluster, job, tmp_path):
+    local = tmp_path / "cache"
+    subprocess.run([*EXTRACT, *job, "--out", local], check=True)
+    victim, _ = cluster.add_node(**NODE), cluster.add_node(**NODE)
+    scratch = tmp_path / "scratch"
+    process = start([*job, "--scratch", str(scratch)], bucket, cluster, "--num-workers", "2", "--json")
+    while sum(name.startswith("shards/") for name in objects(s3, bucket)) < 3:
+        assert process.poll() is None, process.communicate()[1]
+    cluster.remove_node(victim, allow_graceful=False)
+    cluster.add_node(**NODE)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "a worker is gone" in errors
+    assert "Traceback" not in errors
+    assert objects(s3, bucket) == contents(local)
+    report = json.loads(output)
+    assert report["complete"]
+    assert 0 <= report["shards"] - report["run"]["shards"] <= 2, "no shard is made twice"
+    again = start([*job, "--scratch", str(scratch)], bucket, cluster)
+    assert "already complete" in again.communicate(timeout=60)[1]
 
 
 @pytest.mark.slow
@@ -160,8 +184,6 @@ def test_ray_options_that_cannot_be(job, cli, tmp_path, monkeypatch):
     ):
         code, _, errors = cli("extract", *job, "--out", tmp_path / "cache", *wrong)
         assert (code, message in errors) == (2, True), errors
-    code, _, errors = cli("extract", *job, "--out", "s3://bucket/cache", "--engine", "ray")
-    assert (code, "all nodes share" in errors) == (2, True), errors
     monkeypatch.setitem(sys.modules, "ray", None)
     code, _, errors = cli("extract", *job, "--out", tmp_path / "cache", "--engine", "ray")
     assert code == 2

@@ -121,6 +121,26 @@ def test_a_shard_of_another_cache_is_refused(tmp_path, other, named):
         ShardFile(tmp_path / "a", other, 7)
 
 
+def test_an_undamaged_header_is_compared_and_not_parsed(tmp_path, monkeypatch):
+    write(tmp_path / "a")
+    monkeypatch.setattr("cache_format.shard.read_container", None)
+    with ShardFile(tmp_path / "a", schema(), 7) as shard:
+        assert shard.num_tokens == 11
+
+
+def test_any_change_of_the_header_is_noticed(tmp_path):
+    write(tmp_path / "a")
+    whole = (tmp_path / "a").read_bytes()
+    (size,) = struct.unpack("<Q", whole[:8])
+    for at in range(8 + size):
+        for bit in (1, 16):
+            changed = bytearray(whole)
+            changed[at] ^= bit
+            (tmp_path / "a").write_bytes(changed)
+            with pytest.raises(CacheError):
+                ShardFile(tmp_path / "a", schema(), 7)
+
+
 def test_a_swapped_shard_is_refused(tmp_path):
     write(tmp_path / "a", number=3)
     with pytest.raises(CacheError, match="shard is '3'"):

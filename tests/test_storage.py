@@ -27,6 +27,11 @@ def test_a_symbolic_link_out_of_the_cache_is_refused(tmp_path):
     (tmp_path / "cache" / "link").symlink_to(tmp_path / "secret")
     with pytest.raises(CacheError, match="symbolic link"):
         inside(tmp_path / "cache", "link")
+    (tmp_path / "cache" / "folder").symlink_to(tmp_path)
+    with pytest.raises(CacheError, match="symbolic link"):
+        inside(tmp_path / "cache", "folder/secret")
+    (tmp_path / "cache" / "other").symlink_to("shards")
+    assert inside(tmp_path / "cache", "other/a") == tmp_path / "cache" / "other/a"
     assert inside(tmp_path / "cache", "shards/a").name == "a"
 
 

@@ -125,10 +125,6 @@ def extract(
         raise InputError("--devices starts workers of its own; leave it out under torchrun or srun")
     if engine not in ("local", "ray"):
         raise InputError(f"--engine {engine!r}: choose local or ray")
-    if engine == "ray" and options.url is not None:
-        raise InputError(
-            "--engine ray writes to a folder that all nodes share; for a URL use --devices, torchrun or srun"
-        )
     if engine == "ray":
         from extractor.engine.ray import RayOptions, extract_with_ray
 

@@ -145,7 +145,7 @@ Engine = Annotated[
     str,
     typer.Option(
         help="local: this process, --devices, torchrun or srun. ray: actors of a Ray cluster whose nodes all see the "
-        "cache, the data and the target under the same paths (pip install 'dflash-cache\\[ray]').",
+        "data, the target and an --out that is a folder under the same paths (pip install 'dflash-cache\\[ray]').",
         rich_help_panel=_CLUSTER,
     ),
 ]

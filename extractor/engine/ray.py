@@ -1,14 +1,15 @@
 """A Ray cluster: the driver prepares, plans, hands out shard numbers and seals; an actor a device makes shards.
 
 Actors come and go. One that has no place yet stops no other; one that dies gives its shards back and another is asked
-for in its place, which an autoscaling cluster answers with a new node. All nodes see the cache, the data and the target
-under the same paths.
+for in its place, which an autoscaling cluster answers with a new node. All nodes see the data, the target and (unless
+it is at a URL) the cache under the same paths.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -21,22 +22,18 @@ from typing import Any
 import torch
 
 from cache_format.errors import CacheError, InputError, MismatchError
-from cache_format.lock import writing
-from cache_format.manifest import MANIFEST_NAME, Manifest
-from cache_format.shard import shard_name
-from cache_format.storage import make_folder
+from cache_format.manifest import Manifest
 from extractor.config import ExtractOptions
 from extractor.engine.ray_worker import ShardWorker
 from extractor.engine.shard_queue import ShardQueue, WorkerError
 from extractor.engine.worker import Worker
-from extractor.job import Job
+from extractor.job import Job, opened
 from extractor.load_target import resolve_dtype
-from extractor.out_folder import refuse_foreign_folder
 from extractor.plan import Plan
 from extractor.progress import Reporter, say
 from extractor.report import ExtractReport, progress_note
-from extractor.resume import missing_shards, require_all_files
 from extractor.run import DeviceMemoryError, NonFiniteError, RunStats, added
+from extractor.store_job import opened as opened_at_url
 
 SHARDS_IN_HAND = 2
 """Of each actor: one on the device, one being written or waiting for the device."""
@@ -84,8 +81,6 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
     _require_reachable(cluster.address)
     if options.profile is not None:
         raise InputError("--profile follows one process; leave it out with --engine ray")
-    if options.url is not None:
-        raise InputError(f"--engine ray writes to a file system that all nodes share, not yet to {options.url}")
     gpus = cluster.gpus_per_worker
     if gpus is None:
         gpus = 0 if options.target.device == "cpu" else 1
@@ -93,41 +88,46 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
     device = "cuda" if gpus else "cpu"
     target = replace(options.target, device=device, dtype=resolve_dtype(options.target.dtype, torch.device(device)))
     name = f"ray {os.getpid()} {secrets.token_hex(8)}"
-    refuse_foreign_folder(options.out)
-    job = Job(replace(options, target=replace(target, device="cpu")), Worker(job=name))
-    if (options.out / MANIFEST_NAME).exists():
-        job.require_same_inputs(Manifest.read(options.out))
-    make_folder(options.out)
-    with writing(options.out, name, first=job.clear) as alone:
+    with _opened(replace(options, target=replace(target, device="cpu")), Worker(job=name)) as (job, alone):
         manifest, stats = job.begun(), RunStats()
         if manifest.state == "complete":
-            require_all_files(options.out, manifest)
-            say(f"{options.out}: already complete, nothing to do")
+            job.require_all_files(manifest)
+            say(f"{job.where}: already complete, nothing to do")
             return job.report(manifest, stats)
-        samples = job.prepared(manifest)
-        plan = job.plan(manifest, samples)
-        absent = job.require_room(manifest, plan, list(range(len(plan))))
+        planned, todo = manifest.state != "preparing", None
+        if planned or options.url is None:
+            # Else the first worker prepares the samples: its scratch folder may be on another node.
+            samples = job.prepared(manifest)
+            plan = job.plan(manifest, samples)
+            todo = len(job.require_room(manifest, plan, list(range(len(plan)))))
 
-        def missing() -> list[int]:
-            return missing_shards(options.out, Manifest.read(options.out).schema(), plan, range(len(plan)))
+        def begin() -> tuple[Plan, list[int]]:
+            manifest = job.current()
+            plan = job.plan(manifest, job.prepared(manifest))
+            return plan, job.missing(manifest, plan, list(range(len(plan))))
 
-        if absent or manifest.state == "preparing":
+        if todo == 0 and planned:
+            begin()
+        else:
             arguments = (replace(options, target=target), name, os.getcwd(), _environment())
             with _connected(ray, cluster):
                 count = cluster.num_workers or _room(ray, gpus)
                 kind = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_concurrency=SHARDS_IN_HAND)
-                fleet = _Fleet(
-                    ray,
-                    lambda: kind(ShardWorker).remote(*arguments),
-                    count,
-                    gpus,
-                    is_there=lambda number: (options.out / shard_name(number)).exists(),
-                )
-                planned = manifest.state != "preparing"
-                stats = fleet.make(missing, plan, planned=planned, at_most=len(absent) or 1)
-        else:
-            missing()
+                fleet = _Fleet(ray, lambda: kind(ShardWorker).remote(*arguments), count, gpus, job.has_shard)
+                stats = fleet.make(begin, planned=planned, at_most=count if todo is None else max(todo, 1))
         return job.report(_sealed(job, alone), stats)
+
+
+@contextmanager
+def _opened(options: ExtractOptions, worker: Worker) -> Iterator[tuple[Job, Callable[[], bool]]]:
+    """The driver's job, and whether no worker writes any more."""
+    if options.url is None:
+        with opened(options, worker) as of_folder:
+            yield of_folder
+        return
+    with opened_at_url(options, worker) as job:
+        yield job, lambda: True
+    shutil.rmtree(job.out, ignore_errors=True)
 
 
 @dataclass(eq=False)
@@ -151,9 +151,11 @@ class _Fleet:
         self._gone: list[RunStats] = []
         self._barren, self._said = 0, time.monotonic()
 
-    def make(self, missing: Callable[[], list[int]], plan: Plan, *, planned: bool, at_most: int) -> RunStats:
-        """Make all ``missing`` shards, asked for once the cache is planned: by the first actor, unless it is."""
-        self._missing, self._plan, began = missing, plan, time.monotonic()
+    def make(self, begin: Callable[[], tuple[Plan, list[int]]], *, planned: bool, at_most: int) -> RunStats:
+        """Make all missing shards: of the plan, and those, that ``begin`` gives once the cache is planned, which the
+        first actor sees to unless it is.
+        """
+        self._how_to_begin, began = begin, time.monotonic()
         with Reporter("extract", None, "tokens") as self._reporter:
             if planned:
                 self._begin()
@@ -174,11 +176,11 @@ class _Fleet:
         return self._total(time.monotonic() - began)
 
     def _begin(self) -> None:
-        numbers = self._missing()
-        if len(numbers) < len(self._plan):
-            say(f"{len(self._plan) - len(numbers):,} of {len(self._plan):,} shards are finished")
+        plan, numbers = self._how_to_begin()
+        if len(numbers) < len(plan):
+            say(f"{len(plan) - len(numbers):,} of {len(plan):,} shards are finished")
         self._queue = ShardQueue(numbers)
-        self._reporter.total = sum(self._plan.shard(number).tokens for number in numbers)
+        self._reporter.total = sum(plan.shard(number).tokens for number in numbers)
 
     def _seat(self) -> _Seat:
         seat = _Seat(self._start())
@@ -334,7 +336,7 @@ def _sealed(job: Job, alone: Callable[[], bool]) -> Manifest:
     while not alone():
         if time.monotonic() > deadline:
             raise WorkerError(
-                f"{job.out}: every shard is made, but another process still holds the lock (a worker on a node that "
+                f"{job.where}: every shard is made, but another process still holds the lock (a worker on a node that "
                 "was lost, or another job); run the same command again to seal the cache"
             )
         time.sleep(0.1)

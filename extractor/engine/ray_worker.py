@@ -5,17 +5,21 @@ Nothing heavy is imported before the environment is the driver's: huggingface_hu
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from extractor.config import ExtractOptions
+    from extractor.job import Job
     from extractor.run import RunStats
 
 
@@ -41,19 +45,56 @@ class ShardWorker:
         Raises:
             DFlashCacheError: this node's files are not those of the cache, or as ``extractor.job.extract``.
         """
-        from cache_format.lock import writing
-        from extractor.engine.worker import Worker
-        from extractor.job import Job
         from extractor.run import RunStats
 
-        job = Job(self._options, Worker(job=self._job))
-        self._held.enter_context(writing(job.out, self._job))
+        job = self._store_job() if self._options.url is not None else self._folder_job()
         manifest = job.begun()
         samples = job.prepared(manifest)
-        manifest, plan, extractor = job.loaded(manifest, samples, job.plan(manifest, samples))
+        plan = job.plan(manifest, samples)
+        if self._options.url is not None:
+            job.require_room(manifest, plan, list(range(len(plan))))
+        manifest, plan, extractor = job.loaded(manifest, samples, plan)
         runner = job.runner(manifest, plan, samples, extractor)
         self._making = self._held.enter_context(runner.begin(list(range(len(plan)))))
         self._opened, self._done = time.monotonic(), RunStats()
+
+    def _folder_job(self) -> Job:
+        """The job of a cache in a folder; its lock is shared by all workers."""
+        from cache_format.lock import writing
+        from extractor.engine.worker import Worker
+        from extractor.job import Job
+
+        job = Job(self._options, Worker(job=self._job))
+        self._held.enter_context(writing(job.out, self._job))
+        return job
+
+    def _store_job(self) -> Job:
+        """The job of a cache at a URL, which the driver has leased; each worker of a node has a scratch folder."""
+        from cache_format.store import Store
+        from cache_format.upload import Upload
+        from extractor.engine.worker import Worker
+        from extractor.store_job import StoreJob
+
+        assert self._options.url is not None
+        scratch = self._free_scratch()
+        upload = Upload(Store(self._options.url), scratch)
+        job = StoreJob(replace(self._options, out=scratch), upload, Worker(job=self._job))
+        job.clear()
+        return job
+
+    def _free_scratch(self) -> Path:
+        """A scratch folder that no living worker has; the one of a dead worker is used again."""
+        from cache_format.lock import LockedError, writing
+        from cache_format.storage import make_folder
+
+        for number in itertools.count():
+            scratch = self._options.out / f"actor-{number}"
+            make_folder(scratch)
+            with suppress(LockedError):
+                self._held.enter_context(writing(scratch))
+                self._held.callback(shutil.rmtree, scratch, ignore_errors=True)
+                return scratch
+        raise AssertionError("not reached")
 
     def make(self, number: int) -> RunStats:
         """Make and commit a shard; all that this worker has committed so far.
@@ -76,5 +117,5 @@ class ShardWorker:
             return replace(done)
 
     def close(self) -> None:
-        """Give the lock back."""
+        """Give the lock back, and the scratch folder."""
         self._held.close()
