@@ -86,10 +86,15 @@ def make_target(shape: str, dtype: torch.dtype, device: torch.device) -> Qwen3Fo
     return model.eval().requires_grad_(False)
 
 
+def log_normal(rng: np.random.Generator, max_length: int, count: int = 1) -> np.ndarray:
+    """Lengths of ``count`` samples."""
+    return np.clip(rng.lognormal(np.log(600), 0.8, count), 16, max_length).astype(np.int64)
+
+
 def make_samples(folder: Path, tokens: int, max_length: int, vocab: int) -> PreparedSamples:
     rng, samples, total = np.random.default_rng(0), [], 0
     while total < tokens:
-        length = int(np.clip(rng.lognormal(np.log(600), 0.8), 16, max_length))
+        length = int(log_normal(rng, max_length)[0])
         ids = rng.integers(0, vocab, length).astype(np.int32)
         samples.append(Sample(ids, np.ones(length, np.uint8), len(samples)))
         total += length
@@ -111,11 +116,8 @@ class Bench:
         self.layer_ids = default_target_layer_ids(args.num_draft_layers, config.num_hidden_layers)
         self.target = HFDFlashTargetModel(self.model, self.layer_ids)
         self.manifest = self._manifest()
-        self.plan = Plan(
-            self.samples.num_tokens,
-            self.manifest.schema().token_bytes,
-            PlanOptions(shard_bytes=args.shard_mib << 20, batch_tokens=args.batch_tokens),
-        )
+        self.options = PlanOptions(shard_bytes=args.shard_mib << 20, batch_tokens=args.batch_tokens)
+        self.plan = Plan(self.samples.num_tokens, self.manifest.schema().token_bytes, self.options)
         self.manifest = Manifest(**{**vars(self.manifest), "totals": self._totals(len(self.plan))})
         mode = padding_mode(self.target, int(self.samples.num_tokens.max()))
         self.extractor = HiddenStateExtractor(self.target, mode)
@@ -126,6 +128,12 @@ class Bench:
             for shard in self.plan
             for batch in shard.batches
         ]
+
+    def padding(self, count: int) -> float:
+        """Share of padding in the batches of a dataset of ``count`` such samples: a few tens have more."""
+        lengths = log_normal(np.random.default_rng(0), self.args.max_length, count)
+        plan = Plan(lengths, self.manifest.schema().token_bytes, self.options)
+        return 1 - int(lengths.sum()) / sum(shard.padded_tokens for shard in plan)
 
     def _totals(self, shards: int) -> Totals:
         count, tokens = len(self.samples), int(self.samples.num_tokens.sum())
@@ -346,6 +354,7 @@ def report(bench: Bench, results: dict[str, list[dict[str, Any]]]) -> None:
                 speed = bench.flops() / median[way]
                 share = f", {speed / peak:.0%} of {name}'s bf16 peak" if peak else ""
                 print(f"{way}: {speed / 1e12:.1f} TFLOP/s of real work{share}")
+    print(f"padding of the plan of 50,000 samples of such lengths: {bench.padding(50_000):.1%}")
     largest = int(bench.plan.shard_bytes(bench.manifest.schema()).max()) / 2**30
     print(
         f"host +GiB: peak beside target and samples; 3 shards and 1 GiB are {3 * largest + 1:.2f} GiB. "

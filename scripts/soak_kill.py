@@ -25,9 +25,11 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 from cache_format.errors import DFlashCacheError
 from cache_format.manifest import Manifest
+from cache_format.shard import shard_name
 
 ROWS_PER_PART = 64
 """Of samples/: small, so that kills fall between parts."""
@@ -42,6 +44,8 @@ class SoakReport:
     jobs: int = 0
     landed: Counter[str] = field(default_factory=Counter)
     """state of the folder just after a kill -> kills"""
+    lost: Counter[int] = field(default_factory=Counter)
+    """shards begun by the killed process and not finished -> kills; of kills that came while shards were made"""
     differing_bytes: int = 0
     failures: list[str] = field(default_factory=list)
     """files that differ, and attempts that ended with an error"""
@@ -57,8 +61,9 @@ def start(arguments: Sequence[str | Path], log: Path, die_at: int = 0) -> ForkSe
     """Start the command in a process forked from one that has all imports done; it writes to ``log``.
 
     It kills itself just before its ``die_at``-th file-system operation (from 1), if it gets that far; where it ends,
-    their number is in ``log`` with the suffix ``.count``.
+    their number is in ``log`` with the suffix ``.count``. The shards that it has begun with are in ``.begun``.
     """
+    log.with_suffix(".begun").write_text("")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_command, args=([str(a) for a in arguments], log, die_at))
@@ -97,6 +102,9 @@ def soak(
         if code == -signal.SIGKILL:
             report.kills += 1
             report.landed[state_of(out)] += 1
+            begun = {int(number) for number in log.with_suffix(".begun").read_text().split()}
+            if begun:
+                report.lost[sum(not (out / shard_name(number)).exists() for number in begun)] += 1
         elif code == 0:
             report.jobs += 1
             _compare(whole, out, report)
@@ -171,11 +179,25 @@ def _command(arguments: list[str], log: Path, die_at: int) -> None:
     torch.set_num_threads(1)
     extractor.prepare.ROWS_PER_PART = ROWS_PER_PART
     sys.argv = ["dflash-cache", *arguments]
+    _note_begun_shards(log.with_suffix(".begun"))
     count = _count_operations(die_at)
     try:
         main()
     finally:
         log.with_suffix(".count").write_text(str(count[0]))
+
+
+def _note_begun_shards(path: Path) -> None:
+    """Write the number of each shard to ``path`` when the target begins with it."""
+    from extractor.run import ShardRunner
+
+    noted, fill = os.open(path, os.O_WRONLY | os.O_APPEND), ShardRunner._fill
+
+    def begin(runner: ShardRunner, buffer: Any, shard: Any, *rest: Any) -> Any:
+        os.write(noted, f"{shard.number}\n".encode())
+        return fill(runner, buffer, shard, *rest)
+
+    ShardRunner._fill = begin  # type: ignore[method-assign]
 
 
 def _count_operations(die_at: int) -> list[int]:
@@ -222,6 +244,8 @@ def main() -> int:
         report = soak(job, folder, args.kills, args.seed, lambda text: print(text, flush=True))
     for where, count in sorted(report.landed.items(), key=lambda item: -item[1]):
         print(f"  {count:4d}  {where}")
+    lost = ", ".join(f"{shards}: {kills}" for shards, kills in sorted(report.lost.items()))
+    print(f"begun shards that a kill has cost: kills, of those while shards were made: {lost}")
     for failure in report.failures:
         print(f"FAILED {failure}")
     print(f"{report.kills} kills, {report.jobs} jobs, {report.differing_bytes} differing bytes, {report.seconds:.0f} s")
