@@ -22,8 +22,9 @@ from cache_format.errors import CacheError, DFlashCacheError, StorageError
 
 LOCK_NAME = ".lock"
 
-_TRIES, _PAUSE_SECONDS = 50, 0.05
-"""How long a worker waits for another of its job to go from holding the lock alone to sharing it."""
+_PAUSE_SECONDS, _UNKNOWN_SECONDS, _OWN_JOB_SECONDS = 0.05, 2.5, 60.0
+"""How long to wait for a holder that has not said yet who it is, and for one of the same job to go from holding the
+lock alone to sharing it: it makes and syncs folders meanwhile, on a busy disk."""
 
 
 class LockedError(DFlashCacheError):
@@ -59,7 +60,8 @@ def writing(
 
 
 def _acquire(path: Path, job: str | None, first: Callable[[], None]) -> int:
-    for _ in range(_TRIES):
+    began = time.monotonic()
+    while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             _require_own_file(path, fd)
@@ -70,7 +72,9 @@ def _acquire(path: Path, job: str | None, first: Callable[[], None]) -> int:
             raise
         holder, gone = _holder(fd), not _is_current(path, fd)
         os.close(fd)
-        if not gone and holder and (job is None or holder.get("job") != job):
+        own = job is not None and holder.get("job") == job
+        waited = time.monotonic() - began
+        if (holder and not own and not gone) or waited > (_OWN_JOB_SECONDS if own else _UNKNOWN_SECONDS):
             break
         time.sleep(_PAUSE_SECONDS)
     raise LockedError(

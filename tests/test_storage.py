@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -127,6 +129,31 @@ def test_workers_of_one_job_share_the_lock_and_others_are_refused(tmp_path):
     with writing(tmp_path, job="two"):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def test_a_worker_waits_while_the_first_of_its_job_begins_on_a_slow_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr("cache_format.lock._UNKNOWN_SECONDS", 0.1)
+    alone, done = threading.Event(), threading.Event()
+
+    def begin():
+        alone.set()
+        time.sleep(0.5)
+        done.set()
+
+    def first():
+        with writing(tmp_path, job="one", first=begin):
+            joined.wait(10)
+
+    joined, worker = threading.Event(), threading.Thread(target=first)
+    worker.start()
+    alone.wait()
+    with pytest.raises(LockedError), writing(tmp_path, job="two"):
+        pass
+    assert not done.is_set(), "another job is refused at once"
+    with writing(tmp_path, job="one"):
+        assert done.is_set()
+    joined.set()
+    worker.join()
 
 
 def lock_as_link(cache):
