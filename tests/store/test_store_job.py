@@ -3,70 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from commands import start, wait_for
 from faulty_proxy import CUT_ANSWER, CUT_UPLOAD, ERROR
 from jobs import contents
 from s3 import SECRET, objects, put, upload_folder
 
 from cache_format import FeatureCache, lease, store
 from cache_format.errors import InputError
-from cache_format.lease import leased
-from cache_format.lock import LOCK_NAME, LockedError
+from cache_format.lock import LOCK_NAME
 from cache_format.manifest import MANIFEST_NAME, Manifest
 from cache_format.shard import shard_name
 from cache_format.store import Store
 from cache_format.upload import scratch_folder
-
-
-@pytest.fixture(scope="module")
-def job(job) -> list[str]:
-    """A third of the samples in shards of a quarter: every test here runs it."""
-    return [*job, "--limit", "40", "--shard-size", "512KiB"]
-
-
-@pytest.fixture(scope="module")
-def made(job, tmp_path_factory) -> Path:
-    """The same cache on a disk."""
-    out = tmp_path_factory.mktemp("made") / "cache"
-    subprocess.run([sys.executable, "-m", "extractor", "extract", *job, "--out", out], check=True)
-    return out
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(store, "PAUSE_SECONDS", 0.01)
-
-
-@pytest.fixture
-def arguments(job, bucket, tmp_path, quick) -> list:
-    return ["extract", *job, "--out", bucket, "--scratch", tmp_path / "scratch"]
-
-
-def start(arguments, **environment) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "extractor", *map(str, arguments)],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for(condition, seconds: float = 60):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
 
 
 def test_the_bytes_of_a_local_run_in_the_order_of_commits(cli, arguments, bucket, s3, proxy, made, tmp_path):
@@ -249,42 +204,6 @@ def test_two_jobs_on_one_url(cli, arguments, bucket, s3, made, tmp_path, monkeyp
     assert {k: v for k, v in objects(s3, bucket).items() if k != LOCK_NAME} == contents(made)
 
 
-def test_a_lock_that_does_not_change_is_taken_over(bucket, quick, monkeypatch):
-    monkeypatch.setattr(lease, "DEAD_SECONDS", 1.0)
-    Store(bucket).put(LOCK_NAME, b'{"host": "gone", "pid": 7, "since": "long ago", "token": "x"}')
-    told = []
-    with leased(Store(bucket), told.append) as allowed:
-        assert "process 7 on host gone" in told[0]
-        allowed()
-    assert Store(bucket).list() == {}
-
-
-def test_a_dead_process_of_this_machine_blocks_nobody(bucket, quick):
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    holder = {"host": "here", "pid": process.pid, "since": "", "machine": lease._machine(), "token": "x"}
-    Store(bucket).put(LOCK_NAME, json.dumps(holder).encode())
-    started = time.monotonic()
-    with leased(Store(bucket)):
-        assert time.monotonic() - started < 5
-
-
-def test_who_has_lost_the_lock_stops(bucket, s3, quick, monkeypatch):
-    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.1)
-    with leased(Store(bucket)) as allowed:
-        # More than once: it may have been about to write its own again, and then the other one would stop.
-        wait_for(lambda: put(s3, bucket, LOCK_NAME, b'{"token": "another"}') or _raises(allowed))
-    assert Store(bucket).list() == {LOCK_NAME: 20}, "the other's lock stays"
-
-
-def _raises(call) -> bool:
-    try:
-        call()
-    except LockedError:
-        return True
-    return False
-
-
 def test_two_jobs_that_begin_at_once_agree_on_one_manifest(bucket, tmp_path, made, quick):
     from cache_format.upload import Upload
 
@@ -314,102 +233,6 @@ def test_quarantine_of_the_whole_job(cli, arguments, bucket, s3):
     """Rows that cannot be prepared leave nothing behind that would refuse the right ones."""
     assert cli(*arguments, "--min-loss-tokens", "100000")[0] == 2
     assert objects(s3, bucket) == {}
-
-
-@pytest.fixture
-def there(bucket, s3, made, quick) -> str:
-    upload_folder(s3, bucket, made)
-    return bucket
-
-
-def test_verify_and_inspect(cli, there, made):
-    code, out, err = cli("verify", there)
-    assert (code, f"{there}: whole (full check" in out) == (0, True), err + out
-    code, out, _ = cli("verify", there, "--quick", "--json")
-    assert (code, json.loads(out)["whole"]) == (0, True)
-    code, out, _ = cli("inspect", there, "--json")
-    here = json.loads(cli("inspect", made, "--json")[1])
-    assert json.loads(out) == {**here, "cache": there}
-
-
-def test_a_flipped_bit_is_found_and_mended(cli, there, s3, made, arguments):
-    data = bytearray((made / shard_name(1)).read_bytes())
-    data[len(data) // 2] ^= 4
-    put(s3, there, shard_name(1), bytes(data))
-    assert cli("verify", there, "--quick")[0] == 0
-    code, out, _ = cli("verify", there)
-    assert code == 1
-    assert "shards/shard-00001.safetensors (shard 1, sample" in out
-    code, out, _ = cli("repair", there, "--dry-run")
-    assert (code, "set aside: shards/shard-00001.safetensors" in out) == (1, True)
-    assert shard_name(1) in objects(s3, there)
-    assert cli("repair", there, "--yes")[0] == 1
-    after = objects(s3, there)
-    assert after["quarantine/shards--shard-00001.safetensors"] == bytes(data)
-    assert shard_name(1) not in after
-    assert cli(*arguments)[0] == 0
-    after = objects(s3, there)
-    assert {k: v for k, v in after.items() if not k.startswith("quarantine/")} == contents(made)
-    assert cli("verify", there)[0] == 0
-
-
-@pytest.mark.parametrize("name", ["index.arrow", "samples/samples-00000.arrow", MANIFEST_NAME, "target/config.json"])
-def test_other_damage_is_mended(name, cli, there, s3, made, arguments):
-    data = bytearray((made / name).read_bytes())
-    data[len(data) // 2] ^= 1
-    put(s3, there, name, bytes(data))
-    assert cli("verify", there)[0] == 1
-    code, _, err = cli("repair", there, "--yes")
-    assert code in (0, 1), err
-    if code:
-        code, _, err = cli(*arguments)
-        assert code == 0, err
-    after = objects(s3, there)
-    assert {k: v for k, v in after.items() if not k.startswith("quarantine/")} == contents(made)
-
-
-def test_missing_and_extra_files_are_found(cli, there, s3):
-    Store(there).remove(shard_name(2))
-    put(s3, there, "shards/stranger", b"")
-    code, out, _ = cli("verify", there)
-    assert code == 1
-    assert "shards/shard-00002.safetensors (shard 2): is missing" in out
-    assert "shards/stranger: is not a shard" in out
-
-
-def test_export(cli, there, made, tmp_path):
-    assert cli("export", there, tmp_path / "a", "--to", "specforge")[0] == 0
-    assert cli("export", made, tmp_path / "b", "--to", "specforge")[0] == 0
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    code, _, err = cli("export", there, there + "-out", "--to", "specforge")
-    assert (code, "writes to a local folder" in err) == (2, True)
-
-
-def test_recode(cli, there, made, tmp_path):
-    assert cli("recode", there, tmp_path / "a", "--codec", "zbits")[0] == 0
-    assert cli("recode", made, tmp_path / "b", "--codec", "zbits")[0] == 0
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-
-
-def test_recode_to_a_url(cli, made, bucket, s3, proxy, quick, tmp_path):
-    local, options = tmp_path / "local", ["--codec", "zbits", "--threads", "1"]
-    assert cli("recode", made, local, *options)[0] == 0
-    command = ["recode", made, bucket, *options, "--scratch", tmp_path / "scratch"]
-    killed = start(command)
-    wait_for(lambda: sum("/shards/" in path for m, path, _ in proxy.requests if m == "PUT") > 2)
-    killed.kill()
-    killed.communicate()
-    code, out, err = cli(*command, "--json")
-    assert code == 0, err
-    assert json.loads(out)["done_shards"] > 0
-    assert objects(s3, bucket) == contents(local)
-    assert not [p for p in (tmp_path / "scratch").rglob("*") if p.is_file()], "nothing is left on the disk"
-    assert cli("recode", made, bucket, "--codec", "fp8", "--scratch", tmp_path / "scratch")[0] == 2
-
-
-def test_recompute(cli, there, tiny_target):
-    code, out, err = cli("verify", there, "--recompute", "2", "--target", tiny_target, "--device", "cpu")
-    assert (code, "recomputed 2 samples" in out) == (0, True), err
 
 
 def test_urls_that_are_refused(cli, job, tmp_path):
