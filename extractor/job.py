@@ -73,10 +73,7 @@ def extract(
 
         return extract_to_store(options, worker or Worker(), on_todo, on_stats)
     with opened(options, worker or Worker(), on_todo, on_stats) as (job, alone):
-        report = job.run(alone)
-    if job.group is not None:
-        job.group.stop()
-    return report
+        return job.run(alone)
 
 
 @contextmanager
@@ -96,9 +93,7 @@ def opened(
     if (options.out / MANIFEST_NAME).exists():
         job.require_same_inputs(Manifest.read(options.out))
     make_folder(options.out)
-    if options.target.tp_plan:
-        job.group = Group(job.device)
-    with writing(options.out, worker.job, first=job.clear) as alone:
+    with job.grouped(), writing(options.out, worker.job, first=job.clear) as alone:
         yield job, alone
 
 
@@ -131,7 +126,7 @@ class Job:
         self.tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
         self.source = open_source(options.data, options.prepare.limit)
         self.group: Group | None = None
-        """the processes that the target is divided over, with --tp-plan; joined once there may be something to do"""
+        """the processes that the target is divided over, with --tp-plan"""
         self.identity = inputs_identity(
             options,
             config=self.config,
@@ -149,6 +144,15 @@ class Job:
         """
         later = {name: stored.identity[name] for name in (*LATER_IDENTITY, "batch_tokens") if name in stored.identity}
         require_same_identity(self.where, stored.identity, {**later, **self.identity})
+
+    @contextmanager
+    def grouped(self) -> Iterator[None]:
+        """With --tp-plan: join the processes that the target is divided over; they are let go once the work is done."""
+        if self.options.target.tp_plan:
+            self.group = Group(self.device)
+        yield
+        if self.group is not None:
+            self.group.stop()
 
     def say(self, text: str) -> None:
         """To the terminal, once a job."""

@@ -71,7 +71,7 @@ def opened(
         job.require_same_inputs(stored)
     make_folder(scratch)
     lease = leased(upload.store, say) if worker.leads else nullcontext(lambda: None)
-    with writing(scratch, first=job.clear), lease as allowed:
+    with job.grouped(), writing(scratch, first=job.clear), lease as allowed:
         upload.require(allowed)
         yield job
 

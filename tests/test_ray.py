@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from jobs import contents
 from s3 import objects
 
+from extractor.engine.ray import BARREN_DEATHS
 from extractor.engine.shard_queue import MAX_TRIES, ShardQueue, WorkerError
 
 ray = pytest.importorskip("ray", reason="needs pip install 'dflash-cache[ray]'")
@@ -153,6 +155,23 @@ def test_what_no_other_worker_could_mend_stops_the_job(cluster, job, tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "NaN or Inf" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "cache" / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_actors_that_die_one_after_the_other_stop_the_job(cluster, job, tmp_path):
+    """A target whose own code ends the process: no worker of any node will ever finish a shard."""
+    target = Path(shutil.copytree(job[job.index("--target") + 1], tmp_path / "deadly"))
+    config = json.loads((target / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "deadly.Model"}
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "deadly.py").write_text("import os\nos._exit(9)\nclass Model: ...\n")
+    cluster.add_node(**NODE)
+    process = start([*job, "--target", str(target), "--trust-remote-code"], tmp_path / "cache", cluster)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 1, errors
+    assert f"{BARREN_DEATHS} workers died one after the other" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "cache" / ".lock").exists()
 

@@ -24,7 +24,7 @@ def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240, env=environment)
 
 
-def assert_same_states(one: Path, other: Path) -> None:
+def assert_same_states(one: Path, other: Path | str) -> None:
     a, b = FeatureCache.open(one), FeatureCache.open(other)
     assert len(a) == len(b) > 0
     for x, y in zip(a, b, strict=True):
@@ -57,6 +57,15 @@ def test_two_processes_share_a_target(job, cli, tmp_path):
     run = torchrun(2, *job, "--out", two)
     assert run.returncode == 0, run.stderr
     assert {path.name: path.read_bytes() for path in (two / "shards").iterdir()} == whole
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_target_whose_cache_goes_to_a_url(job, bucket, cli, tmp_path):
+    job = [*job, "--limit", "10"]
+    assert cli("extract", *job, "--out", tmp_path / "one")[0] == 0
+    run = torchrun(2, *job, "--out", bucket, "--scratch", tmp_path / "scratch")
+    assert run.returncode == 0, run.stderr
+    assert_same_states(tmp_path / "one", bucket)
 
 
 @pytest.mark.slow
