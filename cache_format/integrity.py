@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cache_format.embeddings import EMBEDDINGS_NAME
 from cache_format.errors import CacheError, StorageError
 from cache_format.folder import Folder, open_folder
 from cache_format.index import INDEX_NAME, SHARDS_NAME, Index, ShardRow, read_index, read_shards, shard_rows
@@ -109,6 +110,7 @@ class _Verification:
         add(self._manifest_problems())
         if self.manifest.totals is None:
             return self.report
+        add(self._unnamed_files())
         add(self._file_problems())
         add(self._table_problems())
         add(self._count_problems())
@@ -135,6 +137,18 @@ class _Verification:
                 field="state",
                 problem=f"is {self.manifest.state}, not complete; run the cache's `dflash-cache extract` command again",
             )
+
+    def _unnamed_files(self) -> Iterator[Problem]:
+        """Files that every cache has and this manifest has no checksum of."""
+        totals, named = self.manifest.totals, self.manifest.files
+        assert totals is not None
+        names = [EMBEDDINGS_NAME, *((INDEX_NAME, SHARDS_NAME) if self.manifest.state == "complete" else ())]
+        parts = (f"samples/{part_path(self.cache, number).name}" for number in range(totals.parts))
+        # The first part that is missing there: a manifest may claim any number of them.
+        names += itertools.islice((name for name in parts if name not in named), 1)
+        for name in names:
+            if name not in named:
+                yield Problem(file=name, problem=f"is not among the files that {MANIFEST_NAME} has checksums of")
 
     def _file_problems(self) -> Iterator[Problem]:
         for name, info in self.manifest.files.items():

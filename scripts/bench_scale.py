@@ -20,11 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from cache_format import FeatureCache
 from cache_format.arrow_file import write_batch
 from cache_format.captures import Captures
 from cache_format.codecs import RawCodec
+from cache_format.embeddings import EMBED, EMBEDDINGS_NAME, write_embeddings
 from cache_format.index import INDEX_NAME, SHARDS_NAME
 from cache_format.integrity import verify
 from cache_format.manifest import DataInfo, Manifest, TargetInfo, Totals
@@ -110,7 +112,9 @@ def generate(cache: Path, count: int) -> None:
         created_with={},
     )
     plan = Plan(samples.num_tokens, begun.schema().raw.token_bytes, PlanOptions(shard_bytes=shard_bytes))
-    names = [f"samples/{part_path(cache / 'samples', n).name}" for n in range(parts)]
+    write_embeddings(cache / EMBEDDINGS_NAME, {EMBED: torch.zeros(64, 8)})
+    names = [EMBEDDINGS_NAME]
+    names += [f"samples/{part_path(cache / 'samples', n).name}" for n in range(parts)]
     manifest = begun.extracting(
         {**begun.identity, "samples": samples.digest()},
         data=DataInfo(name="generated", rows=count, dropped={}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from cache_format.errors import CacheError
 from cache_format.index import Index, read_index, read_shards, write_index, write_shards
 from cache_format.integrity import verify
 from cache_format.manifest import Manifest
+from cache_format.repair import plan_repair, repair
 from cache_format.shard import ShardBuffer
 
 LENGTHS = [5, 90, 17, 1, 40, 33, 64, 2, 71, 12, 300, 280, 310]
@@ -99,6 +101,22 @@ def test_a_missing_file_of_each_other_kind_is_found(cache):
         problems = verify(cache, quick=True).problems
         assert any(problem.file == name and "missing" in problem.problem for problem in problems)
         moved.rename(cache / name)
+
+
+@pytest.mark.parametrize(
+    "name", ["samples/samples-00001.arrow", "target/embeddings.safetensors", "index.arrow", "shards.arrow"]
+)
+def test_a_manifest_that_leaves_a_file_out_is_found_and_repaired(cache, name):
+    """So that the file can be changed unnoticed."""
+    manifest = Manifest.read(cache)
+    files = {other: info for other, info in manifest.files.items() if other != name}
+    replace(manifest, files=files).write(cache)
+    found = [str(problem) for problem in verify(cache, quick=True).problems]
+    assert found == [f"{name}: is not among the files that manifest.json has checksums of"]
+    plan = plan_repair(cache, verify(cache).problems)
+    repair(cache, plan)
+    assert not (cache / name).exists() or verify(cache).whole
+    assert plan.needs_extract == (not name.endswith(("index.arrow", "shards.arrow")))
 
 
 def test_coverage_problems_name_the_sample(cache):
