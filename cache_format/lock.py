@@ -60,7 +60,7 @@ def writing(
 
 
 def _acquire(path: Path, job: str | None, first: Callable[[], None]) -> int:
-    began = time.monotonic()
+    since, waited_for_own = time.monotonic(), False
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
@@ -73,7 +73,9 @@ def _acquire(path: Path, job: str | None, first: Callable[[], None]) -> int:
         holder, gone = _holder(fd), not _is_current(path, fd)
         os.close(fd)
         own = job is not None and holder.get("job") == job
-        waited = time.monotonic() - began
+        if own != waited_for_own:
+            since, waited_for_own = time.monotonic(), own
+        waited = time.monotonic() - since
         if (holder and not own and not gone) or waited > (_OWN_JOB_SECONDS if own else _UNKNOWN_SECONDS):
             break
         time.sleep(_PAUSE_SECONDS)

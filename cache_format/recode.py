@@ -126,7 +126,7 @@ class Worker:
         places: Sequence[np.ndarray],
         out: Path,
         schema: ShardSchema,
-        on_commit: Callable[[int], None] = lambda number: None,
+        on_commit: Callable[[int], None] | None = None,
     ):
         """``places``: :func:`places_by_shard` of the source.
 
@@ -150,8 +150,9 @@ class Worker:
             raw = {tensor.name: torch.empty(tensor.shape(0), dtype=DTYPES[tensor.dtype]) for tensor in tensors}
         into = getattr(self._thread, "buffer", None)
         buffer = self._thread.buffer = encode_shard(self._schema, number, ids, lengths, raw, into)
-        buffer.commit(inside(self._out, shard_name(number)))
-        self._on_commit(number)
+        buffer.commit(inside(self._out, shard_name(number)), read_next=self._on_commit is not None)
+        if self._on_commit is not None:
+            self._on_commit(number)
 
     def _batch_memory(self, num_bytes: int) -> torch.Tensor:
         memory: torch.Tensor | None = getattr(self._thread, "memory", None)

@@ -172,8 +172,10 @@ class ShardBuffer:
             copy.tensor(row.name).copy_(self.tensor(row.name)[rows])
         return copy
 
-    def commit(self, path: Path) -> int:
+    def commit(self, path: Path, *, read_next: bool = False) -> int:
         """Checksum every sample, write the file and commit it; returns its size in bytes.
+
+        ``read_next``: the file is read at once, to be uploaded, so it goes through the page cache.
 
         Raises:
             StorageError: the operating system refused; nothing is left under the final name.
@@ -194,7 +196,11 @@ class ShardBuffer:
         header = self.container.header
         with committed(path) as file:
             write_all(file, header)
-            write_direct(file, self._bytes(len(header), self.container.num_bytes))
+            data = self._bytes(len(header), self.container.num_bytes)
+            if read_next:
+                write_all(file, data.data)
+            else:
+                write_direct(file, data)
         return self.container.num_bytes
 
     def _slice(self, start: int, stop: int) -> Tensor:

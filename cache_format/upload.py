@@ -56,11 +56,12 @@ class Upload:
         self._done: dict[int, int] = {}
         self._parts: dict[int, Part] = {}
         self._lock = threading.Lock()
-        self._require: Callable[[], None] = lambda: None
+        self.require_allowed: Callable[[], None] = lambda: None
+        """raises where this job must not go on; called before each file"""
 
     def require(self, allowed: Callable[[], None]) -> None:
-        """Call ``allowed`` before each file: it raises where this job must not go on."""
-        self._require = allowed
+        """Have ``allowed`` say whether this job may go on."""
+        self.require_allowed = allowed
 
     def manifest(self) -> Manifest | None:
         """As the store has it.
@@ -135,7 +136,7 @@ class Upload:
             MismatchError: the cache there has another fingerprint.
             StoreError: the store refused.
         """
-        self._require()
+        self.require_allowed()
         if manifest.state == "preparing":
             if not self.store.put_new(MANIFEST_NAME, manifest.to_bytes()):
                 there = self.manifest()
@@ -156,7 +157,7 @@ class Upload:
             CacheError: it is damaged.
             StoreError: the store refused; it stays in the scratch folder.
         """
-        self._require()
+        self.require_allowed()
         path = inside(self.scratch, shard_name(number))
         with ShardFile(path, schema, number) as shard:
             part = shard_rows(shard)
@@ -175,7 +176,7 @@ class Upload:
             MismatchError: the cache there has another fingerprint.
             StoreError: the store refused.
         """
-        self._require()
+        self.require_allowed()
         self._refuse_another(manifest)
         folder = StoreFolder(self.store, self.scratch)
         folder.listing  # noqa: B018  one listing instead of a question a shard

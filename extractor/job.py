@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -288,6 +288,13 @@ class Job:
         """
         return missing_shards(self.out, manifest.schema(), plan, share)
 
+    def require_allowed(self) -> None:
+        """Whether this job may still write.
+
+        Raises:
+            LockedError: another one has taken over.
+        """
+
     def current(self) -> Manifest:
         """The manifest as it is now, another worker's perhaps."""
         return Manifest.read(self.out)
@@ -403,14 +410,18 @@ class Job:
                 progress=lambda done, _, kept: reporter.update(done, f"{kept:,} samples"),
             )
         samples = PreparedSamples(self.out / "samples", parts)
-        dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(samples.dropped.items()) if count)
         if not len(samples):
-            raise InputError(f"{self.source.name}: no sample is left to extract; dropped rows: {dropped or 'none'}")
+            dropped = _listed(samples.dropped)
+            raise InputError(f"{self.source.name}: no sample is left to extract; dropped rows: {dropped}")
+        self.say_prepared(samples)
+        return samples
+
+    def say_prepared(self, samples: PreparedSamples) -> None:
+        """What became of the rows."""
         self.say(
             f"prepared {len(samples):,} samples, {int(samples.num_tokens.sum()):,} tokens from {samples.num_rows:,} "
-            f"rows; dropped: {dropped or 'none'}"
+            f"rows; dropped: {_listed(samples.dropped)}"
         )
-        return samples
 
     def _planned(
         self,
@@ -455,3 +466,7 @@ class Job:
             self.timeline.write(self.options.profile)
             say(f"{self.options.profile}: what each thread did when; open it at ui.perfetto.dev")
         return stats
+
+
+def _listed(dropped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()) if count) or "none"

@@ -216,7 +216,7 @@ class ShardRunner:
                 # Memory that each writer thread uses again.
                 kept = self._thread.encoded = encode_buffer(kept, self.schema, getattr(self._thread, "encoded", None))
         with self.timeline.span("checksum and write"):
-            num_bytes = kept.commit(self.cache / shard_name(shard.number))
+            num_bytes = kept.commit(self.cache / shard_name(shard.number), read_next=self.on_commit is not None)
         free.put(buffer)
         if self.on_commit is not None:
             with self.timeline.span("upload"):

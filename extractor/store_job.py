@@ -44,9 +44,9 @@ def extract_to_store(
     """
     with opened(options, worker, on_todo, on_stats) as job:
         report = job.run(lambda: True)
-    if report.complete:
-        shutil.rmtree(job.out, ignore_errors=True)
-    return report
+        if report.complete:
+            shutil.rmtree(job.out, ignore_errors=True)
+        return report
 
 
 @contextmanager
@@ -111,6 +111,10 @@ class StoreJob(Job):
                     "long, run the command with one worker first, and stop it once shards are made"
                 )
             time.sleep(_POLL_SECONDS)
+
+    def require_allowed(self) -> None:
+        """See :meth:`Job.require_allowed`: the lease may be lost."""
+        self.upload.require_allowed()
 
     def current(self) -> Manifest:
         """See :meth:`Job.current`; what the manifest names is fetched, too."""

@@ -14,6 +14,9 @@ import pytest
 from jobs import contents
 from s3 import objects
 
+from cache_format import InputError
+from cache_format.shard import shard_name
+from cache_format.store import Store
 from extractor.engine.ray import BARREN_DEATHS
 from extractor.engine.shard_queue import MAX_TRIES, ShardQueue, WorkerError
 
@@ -92,26 +95,43 @@ def test_a_node_that_dies_costs_its_shards_only_and_a_new_one_takes_its_place(
 
 
 @pytest.mark.slow
-def test_to_a_url_while_a_node_dies(s3, bucket, cluster, job, tmp_path):
-    local = tmp_path / "cache"
-    subprocess.run([*EXTRACT, *job, "--out", local], check=True)
+def test_to_a_url_while_a_node_dies(s3, bucket, cluster, long_job, uninterrupted, tmp_path):
     victim, _ = cluster.add_node(**NODE), cluster.add_node(**NODE)
     scratch = tmp_path / "scratch"
-    process = start([*job, "--scratch", str(scratch)], bucket, cluster, "--num-workers", "2", "--json")
-    while sum(name.startswith("shards/") for name in objects(s3, bucket)) < 3:
+    process = start([*long_job, "--scratch", str(scratch)], bucket, cluster, "--num-workers", "2", "--json")
+    while len(list(scratch.glob("*/actor-*/shards"))) < 2 or not Store(bucket).size(shard_name(3)):
         assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
     cluster.remove_node(victim, allow_graceful=False)
     cluster.add_node(**NODE)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "a worker is gone" in errors
     assert "Traceback" not in errors
-    assert objects(s3, bucket) == contents(local)
+    assert objects(s3, bucket) == contents(uninterrupted)
     report = json.loads(output)
     assert report["complete"]
     assert 0 <= report["shards"] - report["run"]["shards"] <= 2, "no shard is made twice"
-    again = start([*job, "--scratch", str(scratch)], bucket, cluster)
+    assert not [path for path in scratch.rglob("*") if path.is_file()], "nothing is left on the disk"
+    again = start([*long_job, "--scratch", str(scratch)], bucket, cluster)
     assert "already complete" in again.communicate(timeout=60)[1]
+
+
+def test_a_node_that_sees_another_store_begins_no_cache(bucket, job, tmp_path):
+    from extractor.cli.extract_options import extract_options
+    from extractor.engine.ray_worker import ShardWorker
+
+    pairs = zip(job[::2], job[1::2], strict=True)
+    arguments = {name.removeprefix("--").replace("-", "_"): value for name, value in pairs}
+    arguments |= {"out": bucket, "scratch": tmp_path / "scratch", "capture": []}
+    for name in ("max_length", "limit"):
+        arguments[name] = int(arguments[name])
+    worker = ShardWorker(extract_options(arguments), "one", str(tmp_path), {}, True)
+    with pytest.raises(InputError, match="does not see what the driver has put there"):
+        worker.open()
+    worker.close()
+    assert Store(bucket).list() == {}
+    assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
 
 
 @pytest.mark.slow
@@ -198,6 +218,7 @@ def test_ray_options_that_cannot_be(job, cli, tmp_path, monkeypatch):
         (["--num-workers", "2"], "--engine ray"),
         (["--engine", "slurm"], "local or ray"),
         (["--engine", "ray", "--devices", "cpu,cpu"], "--devices"),
+        (["--engine", "ray", "--tp-plan", "auto"], "--tp-plan"),
         (["--engine", "ray", "--address", "ray://head:10001"], "--address auto"),
         (["--engine", "ray", "--address", "127.0.0.1:1"], "no Ray cluster"),
     ):

@@ -112,17 +112,6 @@ def extract(
     from extractor.job import extract as run_extract
 
     options, worker = extract_options(locals()), Worker.from_environment()
-    if tp_plan is not None and devices is not None:
-        raise InputError("--devices runs a whole target on each device, --tp-plan divides one over all; give one")
-    if tp_plan is not None and worker.rank > 0:
-        from extractor.engine.tensor_parallel import follow
-
-        follow(options)
-        return
-    if tp_plan is not None:
-        worker = Worker(local_rank=worker.local_rank)
-    if devices is not None and worker.world_size > 1:
-        raise InputError("--devices starts workers of its own; leave it out under torchrun or srun")
     if engine not in ("local", "ray"):
         raise InputError(f"--engine {engine!r}: choose local or ray")
     if engine == "ray":
@@ -135,9 +124,19 @@ def extract(
     elif (address, num_workers, gpus_per_worker) != (None, None, None):
         raise InputError("--address, --num-workers and --gpus-per-worker are for --engine ray")
     elif devices is not None:
+        if tp_plan is not None:
+            raise InputError("--devices runs a whole target on each device, --tp-plan divides one over all; give one")
+        if worker.world_size > 1:
+            raise InputError("--devices starts workers of its own; leave it out under torchrun or srun")
         report = extract_on(parse_devices(devices), options)
+    elif tp_plan is not None and worker.rank > 0:
+        from extractor.engine.tensor_parallel import follow
+
+        follow(options)
+        return
     else:
-        report = run_extract(options, worker)
+        # The processes of --tp-plan are one worker.
+        report = run_extract(options, worker if tp_plan is None else Worker(local_rank=worker.local_rank))
     if as_json:
         show(json.dumps(asdict(report)))
         return

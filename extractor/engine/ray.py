@@ -23,8 +23,9 @@ import torch
 
 from cache_format.errors import CacheError, InputError, MismatchError
 from cache_format.manifest import Manifest
+from cache_format.upload import scratch_folder
 from extractor.config import ExtractOptions
-from extractor.engine.ray_worker import ShardWorker
+from extractor.engine.ray_worker import ShardWorker, remove_free_scratch
 from extractor.engine.shard_queue import ShardQueue, WorkerError
 from extractor.engine.worker import Worker
 from extractor.job import Job, opened
@@ -49,8 +50,11 @@ _WAIT_SECONDS, _SAY_EVERY_SECONDS = 0.5, 60.0
 FINAL_ERRORS = (InputError, MismatchError, CacheError, NonFiniteError, DeviceMemoryError)
 """Another worker would say the same; anything else is tried again elsewhere."""
 
-_PASSED_ON = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE")
-"""Environment variables that the actors get from the driver; no credentials among them."""
+_PASSED_ON = (
+    *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE"),
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
+)
+"""Environment variables that the actors get from the driver: which store, but no credentials, which nodes have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,8 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
     """
     ray = _import_ray()
     _require_reachable(cluster.address)
+    if options.target.tp_plan:
+        raise InputError("--tp-plan divides a target over the processes of torchrun; leave it out with --engine ray")
     if options.profile is not None:
         raise InputError("--profile follows one process; leave it out with --engine ray")
     gpus = cluster.gpus_per_worker
@@ -94,27 +100,35 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
             job.require_all_files(manifest)
             say(f"{job.where}: already complete, nothing to do")
             return job.report(manifest, stats)
-        planned, todo = manifest.state != "preparing", None
-        if planned or options.url is None:
-            # Else the first worker prepares the samples: its scratch folder may be on another node.
-            samples = job.prepared(manifest)
-            plan = job.plan(manifest, samples)
-            todo = len(job.require_room(manifest, plan, list(range(len(plan)))))
+        planned = manifest.state != "preparing"
 
         def begin() -> tuple[Plan, list[int]]:
             manifest = job.current()
-            plan = job.plan(manifest, job.prepared(manifest))
+            samples = job.prepared(manifest)
+            if options.url is not None and not planned:
+                job.say_prepared(samples)
+            plan = job.plan(manifest, samples)
             return plan, job.missing(manifest, plan, list(range(len(plan))))
 
-        if todo == 0 and planned:
-            begin()
+        ready, todo = begin() if planned else None, None
+        if ready is not None:
+            todo = len(ready[1])
+            if options.url is None:
+                job.require_room(manifest, *ready)
+        elif options.url is None:
+            plan = job.plan(manifest, job.prepared(manifest))
+            todo = len(job.require_room(manifest, plan, list(range(len(plan)))))
         else:
-            arguments = (replace(options, target=target), name, os.getcwd(), _environment())
+            # Its scratch folder may be on another node than the driver's.
+            say("the first worker prepares the samples")
+        if todo != 0:
+            own_scratch = options.url is None or options.out != scratch_folder(options.url)
+            arguments = (replace(options, target=target), name, os.getcwd(), _environment(), own_scratch)
             with _connected(ray, cluster):
                 count = cluster.num_workers or _room(ray, gpus)
                 kind = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_concurrency=SHARDS_IN_HAND)
-                fleet = _Fleet(ray, lambda: kind(ShardWorker).remote(*arguments), count, gpus, job.has_shard)
-                stats = fleet.make(begin, planned=planned, at_most=count if todo is None else max(todo, 1))
+                fleet = _Fleet(ray, lambda: kind(ShardWorker).remote(*arguments), count, gpus, job)
+                stats = fleet.make(begin, ready, at_most=count if todo is None else todo)
         return job.report(_sealed(job, alone), stats)
 
 
@@ -127,7 +141,8 @@ def _opened(options: ExtractOptions, worker: Worker) -> Iterator[tuple[Job, Call
         return
     with opened_at_url(options, worker) as job:
         yield job, lambda: True
-    shutil.rmtree(job.out, ignore_errors=True)
+        remove_free_scratch(options.out)
+        shutil.rmtree(job.out, ignore_errors=True)
 
 
 @dataclass(eq=False)
@@ -143,26 +158,31 @@ class _Seat:
 class _Fleet:
     """The driver's side of all actors: what each is doing, what it gave, who takes its place."""
 
-    def __init__(self, ray: Any, start: Callable[[], Any], count: int, gpus: int, is_there: Callable[[int], bool]):
-        self._ray, self._start, self._count, self._gpus, self._is_there = ray, start, count, gpus, is_there
+    def __init__(self, ray: Any, start: Callable[[], Any], count: int, gpus: int, job: Job):
+        self._ray, self._start, self._count, self._gpus, self._job = ray, start, count, gpus, job
         self._seats: list[_Seat] = []
         self._calls: dict[Any, tuple[_Seat, str, int]] = {}
         self._queue: ShardQueue | None = None
         self._gone: list[RunStats] = []
         self._barren, self._said = 0, time.monotonic()
 
-    def make(self, begin: Callable[[], tuple[Plan, list[int]]], *, planned: bool, at_most: int) -> RunStats:
-        """Make all missing shards: of the plan, and those, that ``begin`` gives once the cache is planned, which the
-        first actor sees to unless it is.
+    def make(
+        self, begin: Callable[[], tuple[Plan, list[int]]], ready: tuple[Plan, list[int]] | None, *, at_most: int
+    ) -> RunStats:
+        """Make all missing shards with at most so many actors.
+
+        The plan and the shards that are missing are ``ready``, or ``begin`` gives them once the first actor has planned
+        the cache.
         """
         self._how_to_begin, began = begin, time.monotonic()
         with Reporter("extract", None, "tokens") as self._reporter:
-            if planned:
-                self._begin()
+            if ready is not None:
+                self._take_over(*ready)
             try:
                 for _ in range(min(self._count, at_most)):
                     self._seats.append(self._seat())
                 while self._queue is None or self._queue:
+                    self._job.require_allowed()
                     self._hand_out()
                     done, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=_WAIT_SECONDS)
                     for call in done:
@@ -175,8 +195,7 @@ class _Fleet:
                     self._ray.kill(seat.actor)
         return self._total(time.monotonic() - began)
 
-    def _begin(self) -> None:
-        plan, numbers = self._how_to_begin()
+    def _take_over(self, plan: Plan, numbers: list[int]) -> None:
         if len(numbers) < len(plan):
             say(f"{len(plan) - len(numbers):,} of {len(plan):,} shards are finished")
         self._queue = ShardQueue(numbers)
@@ -220,7 +239,7 @@ class _Fleet:
             elif what == "open":
                 seat.state = "working"
                 if self._queue is None:
-                    self._begin()
+                    self._take_over(*self._how_to_begin())
             elif self._queue is not None:
                 self._barren = 0
                 seat.numbers.remove(number)
@@ -238,7 +257,7 @@ class _Fleet:
         self._seats.remove(seat)
         for number in sorted(seat.numbers, reverse=True):
             assert self._queue is not None
-            if self._is_there(number):
+            if self._job.has_shard(number):
                 self._queue.made(number)
             else:
                 self._queue.lost(number, reason)
@@ -250,8 +269,8 @@ class _Fleet:
         self._seats.append(self._seat())
 
     def _close(self) -> None:
-        """Let living actors give their locks back; a dead one's goes with it."""
-        calls = [seat.actor.close.remote() for seat in self._seats if seat.state == "working"]
+        """Let living actors give back their locks and scratch folders; a dead one's lock goes with it."""
+        calls = [seat.actor.close.remote() for seat in self._seats if seat.state in ("opening", "working")]
         for call in calls:
             with suppress(self._ray.exceptions.RayError):
                 self._ray.get(call, timeout=PATIENCE_SECONDS)
@@ -305,7 +324,9 @@ def _environment() -> dict[str, str]:
 def _connected(ray: Any, cluster: RayOptions) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="error", configure_logging=True)
+        # Without an address Ray would join whatever cluster was last started on this machine.
+        address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
+        ray.init(address=address, log_to_driver=False, logging_level="error", configure_logging=True)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"--address {cluster.address}: no Ray cluster to be reached there ({error})") from None
     # Ray puts handlers of its own in place.

@@ -26,12 +26,21 @@ if TYPE_CHECKING:
 class ShardWorker:
     """The actor's class. ``make`` may be called from two threads: one shard is computed while one is written."""
 
-    def __init__(self, options: ExtractOptions, job: str, folder: str, environment: Mapping[str, str]):
-        """``job`` names the lock that the workers share; relative paths count from ``folder``, as on the driver."""
+    def __init__(
+        self, options: ExtractOptions, job: str, folder: str, environment: Mapping[str, str], own_scratch: bool
+    ):
+        """
+        Args:
+            options: of the extraction.
+            job: names the lock that the workers share.
+            folder: relative paths count from it, as on the driver.
+            environment: variables to set.
+            own_scratch: whether ``options.out`` is a scratch folder that the user named, and not the driver's default.
+        """
         with suppress(OSError):
             os.chdir(folder)
         os.environ.update(environment)
-        self._options, self._job = options, job
+        self._options, self._job, self._own_scratch = options, job, own_scratch
         self._held = ExitStack()
         self._computing, self._counting = threading.Lock(), threading.Lock()
 
@@ -70,31 +79,25 @@ class ShardWorker:
 
     def _store_job(self) -> Job:
         """The job of a cache at a URL, which the driver has leased; each worker of a node has a scratch folder."""
+        from cache_format.errors import InputError
         from cache_format.store import Store
-        from cache_format.upload import Upload
+        from cache_format.upload import Upload, scratch_folder
         from extractor.engine.worker import Worker
         from extractor.store_job import StoreJob
 
-        assert self._options.url is not None
-        scratch = self._free_scratch()
-        upload = Upload(Store(self._options.url), scratch)
+        url = self._options.url
+        assert url is not None
+        below = self._options.out if self._own_scratch else scratch_folder(url)
+        scratch = _free_scratch(below, self._held)
+        upload = Upload(Store(url), scratch)
+        if upload.manifest() is None:
+            raise InputError(
+                f"{url}: the node {socket.gethostname()} does not see what the driver has put there; do its "
+                "environment (AWS_ENDPOINT_URL_S3, AWS_PROFILE, ...) and the driver's name the same store?"
+            )
         job = StoreJob(replace(self._options, out=scratch), upload, Worker(job=self._job))
         job.clear()
         return job
-
-    def _free_scratch(self) -> Path:
-        """A scratch folder that no living worker has; the one of a dead worker is used again."""
-        from cache_format.lock import LockedError, writing
-        from cache_format.storage import make_folder
-
-        for number in itertools.count():
-            scratch = self._options.out / f"actor-{number}"
-            make_folder(scratch)
-            with suppress(LockedError):
-                self._held.enter_context(writing(scratch))
-                self._held.callback(shutil.rmtree, scratch, ignore_errors=True)
-                return scratch
-        raise AssertionError("not reached")
 
     def make(self, number: int) -> RunStats:
         """Make and commit a shard; all that this worker has committed so far.
@@ -119,3 +122,29 @@ class ShardWorker:
     def close(self) -> None:
         """Give the lock back, and the scratch folder."""
         self._held.close()
+
+
+def _free_scratch(below: Path, held: ExitStack) -> Path:
+    """A scratch folder that no living worker has, until ``held`` is closed; then it goes, and those of dead workers."""
+    from cache_format.lock import LockedError, writing
+    from cache_format.storage import make_folder
+
+    for number in itertools.count():
+        scratch = below / f"actor-{number}"
+        make_folder(scratch)
+        with suppress(LockedError):
+            held.enter_context(writing(scratch))
+            held.callback(remove_free_scratch, below)
+            held.callback(shutil.rmtree, scratch, ignore_errors=True)
+            return scratch
+    raise AssertionError("not reached")
+
+
+def remove_free_scratch(below: Path) -> None:
+    """Remove the scratch folders of workers that are dead."""
+    from cache_format.errors import DFlashCacheError
+    from cache_format.lock import writing
+
+    for scratch in below.glob("actor-*"):
+        with suppress(DFlashCacheError), writing(scratch):
+            shutil.rmtree(scratch, ignore_errors=True)
