@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache_format.host_memory import host_memory
+
 
 class BufferPool:
     """Buffers of one size, lent out as tensors; a buffer comes back by itself when its last tensor is dropped.
@@ -30,11 +32,11 @@ class BufferPool:
     def lease(self, num_bytes: int) -> Tensor:
         """uint8 ``[num_bytes]``, not cleared; beyond ``capacity`` it is fresh memory that does not come back."""
         if num_bytes > self.capacity:
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.pin_memory)
+            return host_memory(num_bytes, self.pin_memory)
         try:
             memory = self._free.pop()
         except IndexError:
-            memory = torch.empty(self.capacity, dtype=torch.uint8, pin_memory=self.pin_memory).numpy()
+            memory = host_memory(self.capacity, self.pin_memory).numpy()
         # The tensor's storage holds this array, all its views share the storage: the array dies with the last of them.
         lent = memory[:num_bytes]
         weakref.finalize(lent, self._free.append, memory).atexit = False

@@ -22,6 +22,7 @@ from cache_format.errors import CacheError, InputError, StorageError
 from cache_format.expect import check_expected
 from cache_format.folder import Folder, LocalFolder, StoreFolder, open_to_read
 from cache_format.gather import Gathered, Piece, gather, widened
+from cache_format.host_memory import host_memory
 from cache_format.index import INDEX_NAME, SHARDS_NAME, Index, read_index, read_shard_sizes, tables_from_shards
 from cache_format.loader import CacheLoader, LoaderOptions, default_rank
 from cache_format.manifest import Manifest
@@ -183,7 +184,7 @@ class FeatureCache(Dataset):
         """
         if not len(indices):
             raise InputError("batch() needs at least one sample index")
-        return self.gather([[i] for i in indices], allocate=lambda size: torch.empty(size, dtype=torch.uint8)).decoded()
+        return self.gather([[i] for i in indices], allocate=host_memory).decoded()
 
     def gather(
         self,

@@ -21,6 +21,7 @@ import torch
 from cache_format.codecs import Codec, codec_named
 from cache_format.encode import encode_shard
 from cache_format.errors import CacheError, InputError
+from cache_format.host_memory import host_memory
 from cache_format.index import INDEX_NAME, SHARDS_NAME
 from cache_format.lock import writing
 from cache_format.manifest import MANIFEST_NAME, Manifest, file_info, require_same_identity
@@ -157,7 +158,7 @@ class Worker:
     def _batch_memory(self, num_bytes: int) -> torch.Tensor:
         memory: torch.Tensor | None = getattr(self._thread, "memory", None)
         if memory is None or len(memory) < num_bytes:
-            memory = self._thread.memory = torch.empty(num_bytes, dtype=torch.uint8)
+            memory = self._thread.memory = host_memory(num_bytes)
         return memory[:num_bytes]
 
 

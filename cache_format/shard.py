@@ -25,6 +25,7 @@ from cache_format.codecs import BlockCodec, Codec, HeadTensor, RawCodec, States,
 from cache_format.codecs.interface import BLOCK_STARTS, BLOCKS
 from cache_format.direct_write import write_direct
 from cache_format.errors import CacheError
+from cache_format.host_memory import host_memory
 from cache_format.safetensors_file import DTYPES, PAGE, Container, TensorPlace, plan_container, read_container
 from cache_format.storage import committed, write_all
 
@@ -126,7 +127,7 @@ class ShardBuffer:
     def __init__(self, capacity: int, pin_memory: bool = False):
         """``capacity`` bytes: the largest shard of the plan. ``pin_memory`` makes copies from CUDA asynchronous."""
         self.capacity = capacity
-        memory = torch.empty(capacity + 2 * PAGE, dtype=torch.uint8, pin_memory=pin_memory)
+        memory = host_memory(capacity + 2 * PAGE, pin_memory)
         # In memory a byte lies on a page as it does in the file: see direct_write.py.
         self._memory = memory[-memory.data_ptr() % PAGE :]
         self.container: Container | None = None
