@@ -58,7 +58,9 @@ class ShardCache:
             try:
                 self._reserve(temporary, size)
                 fill(temporary)
-                os.replace(temporary, path)
+                with self._locked("room"):
+                    # Not while somebody counts: a file is missed that changes its name between listing and looking.
+                    os.replace(temporary, path)
                 return LocalFile(path)
             except OSError as error:
                 raise StorageError(path, "write", error) from error
