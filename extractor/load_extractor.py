@@ -11,9 +11,9 @@ from torch import nn
 from cache_format.errors import InputError
 from extractor.config import ExtractOptions
 from extractor.deterministic import be_deterministic
-from extractor.engine.tensor_parallel import Group, load_target_part, whole_embeddings
+from extractor.engine.tensor_parallel import Group, whole_embeddings, world_size
 from extractor.forward import HiddenStateExtractor, padding_mode
-from extractor.load_target import load_target
+from extractor.load_target import load_wanted
 from extractor.target import HFDFlashTargetModel
 
 
@@ -55,18 +55,8 @@ def load_extractor(
         be_deterministic()
     if group is not None:
         group.load()
-        model = load_target_part(options, dtype, device)
-        embeddings = whole_embeddings(model)
-    else:
-        model = embeddings = load_target(
-            wanted.name,
-            revision=wanted.revision,
-            dtype=dtype,
-            device=device,
-            attn_implementation=wanted.attn_implementation,
-            trust_remote_code=wanted.trust_remote_code,
-            device_map=wanted.device_map,
-        )
+    model = load_wanted(wanted, dtype, device, tp_size=None if group is None else world_size())
+    embeddings = model if group is None else whole_embeddings(model)
     target = HFDFlashTargetModel(model, target_layer_ids)
     target.before_pass = None if group is None else group.announce
     if wanted.compile:

@@ -7,7 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
@@ -15,6 +15,9 @@ from torch import nn
 
 from cache_format.errors import InputError
 from cache_format.manifest import file_info
+
+if TYPE_CHECKING:
+    from extractor.config import TargetOptions
 
 CPU = torch.device("cpu")
 
@@ -126,6 +129,20 @@ def load_target(
         return (model if device_map or tp_size else model.to(device)).eval().requires_grad_(False)
     except torch.OutOfMemoryError:
         raise InputError(f"--target {name}: its weights do not fit on {device}; choose a larger --device") from None
+
+
+def load_wanted(target: TargetOptions, dtype: torch.dtype, device: torch.device, tp_size: int | None) -> nn.Module:
+    """:func:`load_target` as the options of an extraction say."""
+    return load_target(
+        target.name,
+        revision=target.revision,
+        dtype=dtype,
+        device=device,
+        attn_implementation=target.attn_implementation,
+        trust_remote_code=target.trust_remote_code,
+        device_map=target.device_map,
+        tp_size=tp_size,
+    )
 
 
 def _tensor_parallel(tp_size: int) -> Any:

@@ -100,13 +100,13 @@ def loaded_once():
     import torch
 
     import extractor.job
-    import extractor.load_extractor
+    import extractor.load_target
 
     load_target, load_tokenizer = (
-        functools.cache(f) for f in (extractor.load_extractor.load_target, extractor.job.load_tokenizer)
+        functools.cache(f) for f in (extractor.load_target.load_target, extractor.job.load_tokenizer)
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extractor.load_extractor, "load_target", lambda *a, **k: copy.deepcopy(load_target(*a, **k)))
+        patch.setattr(extractor.load_target, "load_target", lambda *a, **k: copy.deepcopy(load_target(*a, **k)))
         patch.setattr(extractor.job, "load_tokenizer", load_tokenizer)
         patch.setattr(extractor.job, "open_source", functools.cache(extractor.job.open_source))
         threads = torch.get_num_threads()

@@ -102,15 +102,14 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
             return job.report(manifest, stats)
         planned = manifest.state != "preparing"
 
-        def begin() -> tuple[Plan, list[int]]:
-            manifest = job.current()
+        def begin(manifest: Manifest) -> tuple[Plan, list[int]]:
             samples = job.prepared(manifest)
             if options.url is not None and not planned:
                 job.say_prepared(samples)
             plan = job.plan(manifest, samples)
             return plan, job.missing(manifest, plan, list(range(len(plan))))
 
-        ready, todo = begin() if planned else None, None
+        ready, todo = begin(manifest) if planned else None, None
         if ready is not None:
             todo = len(ready[1])
             if options.url is None:
@@ -128,7 +127,7 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
                 count = cluster.num_workers or _room(ray, gpus)
                 kind = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_concurrency=SHARDS_IN_HAND)
                 fleet = _Fleet(ray, lambda: kind(ShardWorker).remote(*arguments), count, gpus, job)
-                stats = fleet.make(begin, ready, at_most=count if todo is None else todo)
+                stats = fleet.make(lambda: begin(job.current()), ready, at_most=count if todo is None else todo)
         return job.report(_sealed(job, alone), stats)
 
 

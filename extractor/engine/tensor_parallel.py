@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from cache_format.captures import Captures
 from cache_format.errors import InputError
@@ -22,7 +22,7 @@ from cache_format.manifest import torch_dtype
 from extractor.config import ExtractOptions
 from extractor.deterministic import be_deterministic
 from extractor.forward import MASKED, UNMASKED, HiddenStateExtractor, row_memory
-from extractor.load_target import TargetShape, load_config, load_target, resolve_device, resolve_dtype
+from extractor.load_target import TargetShape, load_config, load_wanted, resolve_device, resolve_dtype
 from extractor.target import HFDFlashTargetModel
 
 _STOP, _LOAD, _PASS = range(3)
@@ -120,30 +120,12 @@ class Group:
             be_deterministic()
         config = load_config(target.name, target.revision, target.trust_remote_code)
         dtype = torch_dtype(resolve_dtype(target.dtype, self.device))
-        model = load_target_part(options, dtype, self.device)
+        model = load_wanted(target, dtype, self.device, tp_size=world_size())
         whole_embeddings(model)
         hooked = HFDFlashTargetModel(model, target.layer_ids(TargetShape.from_config(config).num_hidden_layers))
         if target.compile:
             hooked.compile()
         return hooked
-
-
-def load_target_part(options: ExtractOptions, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """This process's part of the target; all processes of the group call it together.
-
-    Raises:
-        InputError: transformers has no plan for this architecture, or cannot divide it by so many.
-    """
-    target = options.target
-    return load_target(
-        target.name,
-        revision=target.revision,
-        dtype=dtype,
-        device=device,
-        attn_implementation=target.attn_implementation,
-        trust_remote_code=target.trust_remote_code,
-        tp_size=world_size(),
-    )
 
 
 def follow(options: ExtractOptions) -> None:
