@@ -6,8 +6,8 @@ batch = FeatureCache.open("/data/cache").batch([0, 1])
 
 from cache_format.batch import DFlashTargetBatch, collate
 from cache_format.errors import CacheError, DFlashCacheError, InputError, MismatchError, StorageError
-from cache_format.manifest import Manifest
-from cache_format.reader import FeatureCache
+from cache_format.layout.manifest import Manifest
+from cache_format.reading.feature_cache import FeatureCache
 
 __all__ = [
     "CacheError",

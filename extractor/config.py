@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cache_format.captures import Captures
 from cache_format.codecs import CODECS
 from cache_format.errors import InputError
-from extractor.layer_ids import default_target_layer_ids
-from extractor.plan import PlanOptions
-from extractor.prepare import PrepareOptions
+from cache_format.layout.captures import Captures
+from extractor.data.prepare import PrepareOptions
+from extractor.job.plan import PlanOptions
+from extractor.target.layer_ids import default_target_layer_ids
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}

@@ -35,10 +35,10 @@ from train_draft import Trainer, TrainOptions, config_for, new_draft, train
 
 from cache_format import FeatureCache
 from cache_format.codecs import CODECS, BlockCodec, RowCodec, States, codec_named
-from cache_format.encode import bits_of
-from cache_format.recode import recode
-from cache_format.safetensors_file import DTYPES
-from extractor.target import HFDFlashTargetModel
+from cache_format.codecs.dtypes import DTYPES
+from cache_format.upkeep.recode import recode
+from cache_format.writing.encode import bits_of
+from extractor.target.hooks import HFDFlashTargetModel
 
 Run = Callable[[], object]
 

@@ -40,16 +40,16 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from cache_format.captures import Captures
-from cache_format.manifest import DataInfo, Manifest, TargetInfo, Totals
-from cache_format.samples import PartInfo, PreparedSamples, Sample, part_path, write_part
-from cache_format.seal import seal
-from cache_format.storage import make_folder
-from extractor.forward import HiddenStateExtractor, padding_mode
-from extractor.layer_ids import default_target_layer_ids
-from extractor.plan import Plan, PlanOptions
-from extractor.run import ShardRunner
-from extractor.target import HFDFlashTargetModel
+from cache_format.layout.captures import Captures
+from cache_format.layout.manifest import DataInfo, Manifest, TargetInfo, Totals
+from cache_format.layout.samples import PartInfo, PreparedSamples, Sample, part_path, write_part
+from cache_format.storage.files import make_folder
+from cache_format.writing.seal import seal
+from extractor.job.plan import Plan, PlanOptions
+from extractor.job.run import ShardRunner
+from extractor.target.forward import HiddenStateExtractor, padding_mode
+from extractor.target.hooks import HFDFlashTargetModel
+from extractor.target.layer_ids import default_target_layer_ids
 
 SHAPES = {
     "tiny": (512, 12, 8, 4, 64, 1536, 32_000),

@@ -43,10 +43,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cache_format import DFlashTargetBatch, FeatureCache, collate
-from cache_format.index import INDEX_NAME, SHARDS_NAME, Index, ShardRow, read_index, write_index, write_shards
-from cache_format.manifest import Manifest
-from cache_format.recode import recode
-from cache_format.shard import shard_name
+from cache_format.layout.index import INDEX_NAME, SHARDS_NAME, Index, ShardRow, read_index, write_index, write_shards
+from cache_format.layout.manifest import Manifest
+from cache_format.layout.shard import shard_name
+from cache_format.upkeep.recode import recode
 
 CORES = os.cpu_count() or 1
 FIELDS = ("hidden_states", "input_ids", "loss_mask")

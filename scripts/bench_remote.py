@@ -28,7 +28,7 @@ import synthetic_cache
 import torch
 
 from cache_format import FeatureCache
-from cache_format.store import Store
+from cache_format.storage.store import Store
 
 LAYERS, HIDDEN, SHARD_BYTES = [1, 9, 17, 25, 33], 1024, 64 << 20
 

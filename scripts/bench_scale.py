@@ -23,20 +23,20 @@ import pyarrow as pa
 import torch
 
 from cache_format import FeatureCache
-from cache_format.arrow_file import write_batch
-from cache_format.captures import Captures
 from cache_format.codecs import RawCodec
-from cache_format.embeddings import EMBED, EMBEDDINGS_NAME, write_embeddings
-from cache_format.index import INDEX_NAME, SHARDS_NAME
-from cache_format.integrity import verify
-from cache_format.manifest import DataInfo, Manifest, TargetInfo, Totals
-from cache_format.order import full_order, random_source, window_order
-from cache_format.samples import _META, SCHEMA, PreparedSamples, Sample, part_path
-from cache_format.seal import describe_files, seal
-from cache_format.shard import shard_name
-from cache_format.storage import make_folder
-from extractor.plan import Plan, PlanOptions
-from extractor.resume import missing_shards
+from cache_format.layout.arrow_file import write_batch
+from cache_format.layout.captures import Captures
+from cache_format.layout.embeddings import EMBED, EMBEDDINGS_NAME, write_embeddings
+from cache_format.layout.index import INDEX_NAME, SHARDS_NAME
+from cache_format.layout.manifest import DataInfo, Manifest, TargetInfo, Totals
+from cache_format.layout.samples import _META, SCHEMA, PreparedSamples, Sample, part_path
+from cache_format.layout.shard import shard_name
+from cache_format.reading.order import full_order, random_source, window_order
+from cache_format.storage.files import make_folder
+from cache_format.upkeep.verify import verify
+from cache_format.writing.seal import describe_files, seal
+from extractor.job.plan import Plan, PlanOptions
+from extractor.job.resume import missing_shards
 
 SAMPLES_PER_SHARD, SAMPLES_PER_PART, LENGTHS = 256, 100_000, 8
 WIDTH_BYTES = 5 * 4096 * 2

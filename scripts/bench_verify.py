@@ -28,7 +28,7 @@ import xxhash
 from synthetic_cache import drop_pages, write_large_cache
 
 from cache_format import FeatureCache
-from cache_format.integrity import verify
+from cache_format.upkeep.verify import verify
 
 CHUNK = 4 << 20
 THREADS = os.cpu_count() or 1

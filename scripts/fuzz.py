@@ -31,10 +31,10 @@ import xxhash
 from synthetic_cache import write_cache
 
 from cache_format import DFlashCacheError, FeatureCache
-from cache_format.integrity import verify
-from cache_format.manifest import MANIFEST_NAME, _checksum
-from cache_format.repair import plan_repair
-from cache_format.samples import PreparedSamples
+from cache_format.layout.manifest import MANIFEST_NAME, _checksum
+from cache_format.layout.samples import PreparedSamples
+from cache_format.upkeep.repair import plan_repair
+from cache_format.upkeep.verify import verify
 
 MEMORY_LIMIT = 1 << 30
 """Address space that a child may take beyond what it has when it begins."""

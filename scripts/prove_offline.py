@@ -35,7 +35,7 @@ from speculative import decode_greedily, decode_with_draft
 from train_draft import Curve, Trainer, TrainOptions, config_for, new_draft, train
 
 from cache_format import DFlashTargetBatch, FeatureCache
-from extractor.target import HFDFlashTargetModel
+from extractor.target.hooks import HFDFlashTargetModel
 
 HELD_OUT = 200
 """Rows that neither target nor draft are trained on."""

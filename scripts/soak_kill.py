@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 from cache_format.errors import DFlashCacheError
-from cache_format.manifest import Manifest
-from cache_format.shard import shard_name
+from cache_format.layout.manifest import Manifest
+from cache_format.layout.shard import shard_name
 
 ROWS_PER_PART = 64
 """Of samples/: small, so that kills fall between parts."""
-PRELOADED = ["extractor.cli", "extractor.job", "transformers.models.qwen3.modeling_qwen3"]
+PRELOADED = ["extractor.cli", "extractor.job.job", "transformers.models.qwen3.modeling_qwen3"]
 
 
 @dataclass
@@ -169,7 +169,7 @@ def _command(arguments: list[str], log: Path, die_at: int) -> None:
     import torch
     from tqdm import tqdm
 
-    import extractor.prepare
+    import extractor.data.prepare
     from extractor.cli import main
 
     tqdm.set_lock(threading.RLock())  # its own is a named semaphore, and of those Python keeps a list
@@ -177,7 +177,7 @@ def _command(arguments: list[str], log: Path, die_at: int) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    extractor.prepare.ROWS_PER_PART = ROWS_PER_PART
+    extractor.data.prepare.ROWS_PER_PART = ROWS_PER_PART
     sys.argv = ["dflash-cache", *arguments]
     _note_begun_shards(log.with_suffix(".begun"))
     count = _count_operations(die_at)
@@ -189,7 +189,7 @@ def _command(arguments: list[str], log: Path, die_at: int) -> None:
 
 def _note_begun_shards(path: Path) -> None:
     """Write the number of each shard to ``path`` when the target begins with it."""
-    from extractor.run import ShardRunner
+    from extractor.job.run import ShardRunner
 
     noted, fill = os.open(path, os.O_WRONLY | os.O_APPEND), ShardRunner._fill
 

@@ -12,7 +12,7 @@ import torch
 from dflash_draft import Draft
 from torch import Tensor, nn
 
-from extractor.target import HFDFlashTargetModel
+from extractor.target.hooks import HFDFlashTargetModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache_format.captures import Captures
-from cache_format.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, write_embeddings
-from cache_format.encode import encode_buffer
-from cache_format.manifest import DataInfo, Manifest, TargetInfo, Totals
-from cache_format.samples import PartInfo, PreparedSamples, Sample, part_path, write_part
-from cache_format.seal import describe_files, seal
-from cache_format.shard import ShardBuffer, shard_name
-from cache_format.storage import make_folder
-from extractor.plan import Plan, PlanOptions
+from cache_format.layout.captures import Captures
+from cache_format.layout.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, write_embeddings
+from cache_format.layout.manifest import DataInfo, Manifest, TargetInfo, Totals
+from cache_format.layout.samples import PartInfo, PreparedSamples, Sample, part_path, write_part
+from cache_format.layout.shard import shard_name
+from cache_format.storage.files import make_folder
+from cache_format.writing.encode import encode_buffer
+from cache_format.writing.seal import describe_files, seal
+from cache_format.writing.shard_buffer import ShardBuffer
+from extractor.job.plan import Plan, PlanOptions
 
 VOCAB = 64
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from extractor.conversation import Conversation
-from extractor.loss_mask import ConversationTokenizer
+from extractor.data.conversation import Conversation
+from extractor.data.loss_mask import ConversationTokenizer
 
 Encoded = list[tuple[np.ndarray, np.ndarray]]
 """input_ids and loss_mask of each conversation"""

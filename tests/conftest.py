@@ -99,16 +99,16 @@ def loaded_once():
     """Target, tokenizer and rows are loaded once for all runs of a module: hundreds of them."""
     import torch
 
-    import extractor.job
-    import extractor.load_target
+    import extractor.job.job
+    import extractor.target.load_target
 
     load_target, load_tokenizer = (
-        functools.cache(f) for f in (extractor.load_target.load_target, extractor.job.load_tokenizer)
+        functools.cache(f) for f in (extractor.target.load_target.load_target, extractor.job.job.load_tokenizer)
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extractor.load_target, "load_target", lambda *a, **k: copy.deepcopy(load_target(*a, **k)))
-        patch.setattr(extractor.job, "load_tokenizer", load_tokenizer)
-        patch.setattr(extractor.job, "open_source", functools.cache(extractor.job.open_source))
+        patch.setattr(extractor.target.load_target, "load_target", lambda *a, **k: copy.deepcopy(load_target(*a, **k)))
+        patch.setattr(extractor.job.job, "load_tokenizer", load_tokenizer)
+        patch.setattr(extractor.job.job, "open_source", functools.cache(extractor.job.job.open_source))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         yield

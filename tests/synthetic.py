@@ -9,8 +9,8 @@ import synthetic_cache
 import torch
 from synthetic_cache import VOCAB, random_samples
 
-from cache_format.manifest import torch_dtype
-from cache_format.samples import Sample
+from cache_format.codecs.dtypes import torch_dtype
+from cache_format.layout.samples import Sample
 
 __all__ = ["HIDDEN", "LAYER_IDS", "VOCAB", "random_samples", "states_of", "write_cache"]
 

@@ -15,8 +15,8 @@ import pytest
 from synthetic import write_cache
 
 from cache_format import DFlashCacheError
-from cache_format.integrity import verify
-from extractor.inspect import summarise
+from cache_format.upkeep.verify import verify
+from extractor.job.inspect import summarise
 
 ATTACKS = Path(__file__).parent / "attacks"
 sys.path.insert(0, str(ATTACKS))

@@ -15,8 +15,8 @@ import pytest
 
 from cache_format.errors import InputError
 from extractor.config import DataOptions
-from extractor.conversation import conversation_of, detect_format, ids_of
-from extractor.dataset import BadRow, RowSource, open_source, parse_row
+from extractor.data.conversation import conversation_of, detect_format, ids_of
+from extractor.data.dataset import BadRow, RowSource, open_source, parse_row
 
 ROWS: list[dict[str, Any]] = [{"text": f"row {i}", "number": i} for i in range(10)]
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_format.direct_write import write_direct
-from cache_format.safetensors_file import PAGE
+from cache_format.storage.direct_write import write_direct
+from cache_format.storage.host_memory import PAGE
 
 DATA = np.random.default_rng(0).integers(0, 256, 8 * PAGE, np.uint8)
 

@@ -19,7 +19,7 @@ from train_draft import Trainer, TrainOptions, config_for, new_draft, train
 from transformers import AutoModelForCausalLM
 
 from cache_format import DFlashTargetBatch, FeatureCache
-from extractor.target import HFDFlashTargetModel
+from extractor.target.hooks import HFDFlashTargetModel
 
 SCRIPTS = Path(prove_offline.__file__).parent
 HIDDEN, VOCAB, LENGTH, BLOCK = 32, 50, 24, 4
@@ -192,7 +192,7 @@ def test_the_trainer_needs_neither_transformers_nor_the_target(single, tiny_targ
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     seen = json.loads(run.stdout.splitlines()[-1])
-    assert not {"transformers", "datasets", "extractor", "extractor.target"} & set(seen["modules"])
+    assert not {"transformers", "datasets", "extractor", "extractor.target.hooks"} & set(seen["modules"])
     assert any(name.startswith(str(single.path)) for name in seen["opened"])
     assert not [name for name in seen["opened"] if name.startswith(str(tiny_target))]
     assert (tmp_path / "draft" / "draft.safetensors").is_file()

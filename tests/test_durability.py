@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from jobs import contents
 
-from cache_format.integrity import verify
-from cache_format.manifest import MANIFEST_NAME, Manifest, file_info
-from cache_format.repair import QUARANTINE_NAME
-from cache_format.shard import shard_name
-from cache_format.storage import committed, make_folder, write_all
+from cache_format.layout.manifest import MANIFEST_NAME, Manifest
+from cache_format.layout.shard import shard_name
+from cache_format.storage.file_info import file_info
+from cache_format.storage.files import committed, make_folder, write_all
+from cache_format.upkeep.repair import QUARANTINE_NAME
+from cache_format.upkeep.verify import verify
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -131,7 +132,7 @@ def assert_what_the_manifest_names_is_there(cache: Path) -> None:
 @pytest.fixture(autouse=True)
 def two_parts(monkeypatch) -> None:
     """Of samples/, so that more than one is committed."""
-    monkeypatch.setattr("extractor.prepare.ROWS_PER_PART", 5)
+    monkeypatch.setattr("extractor.data.prepare.ROWS_PER_PART", 5)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from synthetic import write_cache
 
 from cache_format import CacheError, FeatureCache, InputError
 from cache_format.export import LAYOUTS, export, plan_export
-from cache_format.manifest import Manifest
+from cache_format.layout.manifest import Manifest
 
 LAYERS = [0, 2, 5]
 """Of the tiny target's six: the last among them, so that every layout can be written."""

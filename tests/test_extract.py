@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cache_format import FeatureCache
-from cache_format.integrity import verify
-from cache_format.manifest import Manifest
-from cache_format.samples import PreparedSamples
-from extractor.plan import Plan, PlanOptions
-from extractor.target import HFDFlashTargetModel
+from cache_format.layout.manifest import Manifest
+from cache_format.layout.samples import PreparedSamples
+from cache_format.upkeep.verify import verify
+from extractor.job.plan import Plan, PlanOptions
+from extractor.target.hooks import HFDFlashTargetModel
 
 
 @pytest.fixture(scope="session")
@@ -242,7 +242,7 @@ def test_a_bad_row_is_named_and_the_folder_can_be_used_again(job, tmp_path, cli,
 
 def test_a_full_disk_is_told_before_anything_is_computed(job, tmp_path, cli, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
-    monkeypatch.setattr("extractor.out_folder.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("extractor.job.out_folder.shutil.disk_usage", lambda path: usage)
     code, _, err = cli("extract", *job, "--out", tmp_path / "out")
     assert (code, "9.8 KiB free" in err) == (2, True)
     monkeypatch.undo()

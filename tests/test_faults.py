@@ -18,11 +18,11 @@ import pytest
 from faulty_disk import NEEDS_NO_SPACE, REMOVES, Fault, FaultyDisk
 from jobs import contents
 
-import extractor.job
+import extractor.job.job
 from cache_format.errors import StorageError
-from cache_format.manifest import MANIFEST_NAME, Manifest
-from cache_format.shard import ShardBuffer
-from extractor.target_files import write_target_files
+from cache_format.layout.manifest import MANIFEST_NAME, Manifest
+from cache_format.writing.shard_buffer import ShardBuffer
+from extractor.target.target_files import write_target_files
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -171,7 +171,7 @@ def begin(cli, small_job, out: Path, whole: dict[str, bytes], missing: str = "sh
 def test_file_systems_of_every_size(cli, small_job, whole, mount, monkeypatch, looks_ahead):
     """Told ahead (exit code 2) or met on the way (1), and finished as soon as there is space."""
     if not looks_ahead:
-        monkeypatch.setattr(extractor.job, "require_space", lambda *arguments: None)
+        monkeypatch.setattr(extractor.job.job, "require_space", lambda *arguments: None)
     total, codes = sum(map(len, whole.values())), []
     disk = mount("-t", "tmpfs", "-o", "size=16m", "tmpfs")
     for size in range(12 << 10, total, total // 24):
@@ -197,7 +197,7 @@ def test_file_systems_of_every_size(cli, small_job, whole, mount, monkeypatch, l
 def test_the_space_check_leaves_what_the_next_run_needs(cli, small_job, whole, tmp_path, monkeypatch):
     out = tmp_path / "c"
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("extractor.out_folder.shutil.disk_usage", lambda path: usage._replace(free=10_000))
+    monkeypatch.setattr("extractor.job.out_folder.shutil.disk_usage", lambda path: usage._replace(free=10_000))
     code, _, err = cli(*small_job, "--out", out)
     assert (code, "9.8 KiB free" in err) == (2, True)
     assert sorted(contents(out)) == [MANIFEST_NAME, "samples/samples-00000.arrow"]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_models import BUILDERS, HIDDEN, VOCAB, OddModel, bidirectional, build, careless, causal, qwen3
 
-from cache_format.captures import Captures
 from cache_format.errors import InputError
-from extractor.forward import MASKED, UNMASKED, HiddenStateExtractor, padding_mode
-from extractor.target import HFDFlashTargetModel
+from cache_format.layout.captures import Captures
+from extractor.target.forward import MASKED, UNMASKED, HiddenStateExtractor, padding_mode
+from extractor.target.hooks import HFDFlashTargetModel
 
 LENGTHS = [16, 9, 1, 12]
 

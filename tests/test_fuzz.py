@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_format import CacheError
-from cache_format.byte_source import LocalFile
-from cache_format.safetensors_file import read_container
+from cache_format.layout.safetensors_file import read_container
+from cache_format.storage.byte_source import LocalFile
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from synthetic import write_cache
 
 from cache_format.errors import CacheError
-from cache_format.index import Index, read_index, read_shards, write_index, write_shards
-from cache_format.integrity import verify
-from cache_format.manifest import Manifest
-from cache_format.repair import plan_repair, repair
-from cache_format.shard import ShardBuffer
+from cache_format.layout.index import Index, read_index, read_shards, write_index, write_shards
+from cache_format.layout.manifest import Manifest
+from cache_format.upkeep.repair import plan_repair, repair
+from cache_format.upkeep.verify import verify
+from cache_format.writing.shard_buffer import ShardBuffer
 
 LENGTHS = [5, 90, 17, 1, 40, 33, 64, 2, 71, 12, 300, 280, 310]
 
@@ -139,7 +139,7 @@ def test_a_table_that_lies_is_found(cache):
 
 def test_states_stored_under_the_tokens_of_another_sample_are_found(cache, tmp_path):
     """A writer's bug: all checksums fit, but two samples of one length changed places in the prepared samples."""
-    from cache_format.samples import PartInfo, PreparedSamples, part_path, write_part
+    from cache_format.layout.samples import PartInfo, PreparedSamples, part_path, write_part
 
     samples = PreparedSamples(cache / "samples", 2)
     loaded = [samples[i] for i in range(len(samples))]

@@ -12,10 +12,10 @@ import pytest
 import soak_kill
 from jobs import contents
 
-from cache_format.integrity import verify
-from cache_format.manifest import Manifest
-from cache_format.repair import QUARANTINE_NAME
-from extractor.run import NUM_BUFFERS
+from cache_format.layout.manifest import Manifest
+from cache_format.upkeep.repair import QUARANTINE_NAME
+from cache_format.upkeep.verify import verify
+from extractor.job.run import NUM_BUFFERS
 
 KILLED = -signal.SIGKILL
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, LAYERS, VOCAB, build, gemma3_multimodal, gpt2, qwen3
 from transformers import AutoTokenizer
 
-from cache_format.embeddings import load_input_embeddings, load_output_embeddings
 from cache_format.errors import InputError
-from cache_format.manifest import TargetInfo
-from extractor.load_target import (
+from cache_format.layout.embeddings import load_input_embeddings, load_output_embeddings
+from cache_format.layout.manifest import TargetInfo
+from extractor.target.load_target import (
     TargetShape,
     load_config,
     load_target,
@@ -27,7 +27,7 @@ from extractor.load_target import (
     target_identity,
     tokenizer_identity,
 )
-from extractor.target_files import write_target_files
+from extractor.target.target_files import write_target_files
 
 CPU = torch.device("cpu")
 
@@ -93,7 +93,7 @@ def test_the_identity_follows_content_not_place(tiny_target, tmp_path):
 
 def test_the_tokenizer_identity_is_the_same_in_every_process(tiny_target):
     code = (
-        "import sys; from extractor.load_target import *; "
+        "import sys; from extractor.target.load_target import *; "
         "print(sorted(tokenizer_identity(load_tokenizer(sys.argv[1], None, False)).items()))"
     )
     outputs = {

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from transformers import AddedToken
 
 from cache_format.errors import InputError
-from extractor.conversation import Conversation
-from extractor.dataset import BadRow
-from extractor.loss_mask import ConversationTokenizer
+from extractor.data.conversation import Conversation
+from extractor.data.dataset import BadRow
+from extractor.data.loss_mask import ConversationTokenizer
 
 ALL_KINDS = sorted(KINDS)
 

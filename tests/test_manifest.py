@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from synthetic import write_cache
 
 from cache_format.errors import CacheError, MismatchError
-from cache_format.manifest import Manifest, fingerprint, require_same_identity
+from cache_format.layout.manifest import Manifest, fingerprint, require_same_identity
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_an_edited_manifest_is_refused(cache):
     ],
 )
 def test_every_rule_is_checked_even_if_the_checksum_is_right(cache, change, named):
-    from cache_format.manifest import _checksum
+    from cache_format.layout.manifest import _checksum
 
     content = json.loads((cache / "manifest.json").read_text())
     del content["checksum"]

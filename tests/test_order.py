@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_format import InputError
-from cache_format.order import (
+from cache_format.reading.order import (
     POOL_SAMPLES,
     Batches,
     batch_rows,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from cache_format.codecs import RawCodec, States
 from cache_format.errors import InputError
-from cache_format.shard import ShardSchema
-from extractor.plan import Plan, PlanOptions
+from cache_format.layout.shard import ShardSchema
+from extractor.job.plan import Plan, PlanOptions
 
 SCHEMA = ShardSchema(fingerprint="0" * 64, codec=RawCodec(), states=States(torch.bfloat16, 5, 64))
 

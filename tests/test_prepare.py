@@ -22,11 +22,11 @@ from jobs import contents
 from transformers import AutoTokenizer
 
 from cache_format.errors import InputError, StorageError
-from cache_format.samples import PreparedSamples, part_path, read_part
-from extractor import prepare as prepare_module
+from cache_format.layout.samples import PreparedSamples, part_path, read_part
 from extractor.config import DataOptions
-from extractor.dataset import RowSource, open_source
-from extractor.prepare import PrepareOptions, prepare, prepare_rows
+from extractor.data import prepare as prepare_module
+from extractor.data.dataset import RowSource, open_source
+from extractor.data.prepare import PrepareOptions, prepare, prepare_rows
 
 
 @pytest.fixture(scope="module")
@@ -272,9 +272,9 @@ LONG_RUN = """
 import sys
 from pathlib import Path
 from extractor.config import DataOptions
-from extractor.dataset import open_source
-from extractor import prepare as module
-from extractor.prepare import PrepareOptions, prepare
+from extractor.data.dataset import open_source
+from extractor.data import prepare as module
+from extractor.data.prepare import PrepareOptions, prepare
 
 if __name__ == "__main__":
     data, target, out = sys.argv[1:]
@@ -335,7 +335,7 @@ def test_a_stream_that_breaks_off_costs_no_finished_part(
 ) -> None:
     """A network that is gone after hours is not bad input: exit code 1, and the next run goes on."""
     job = [*job, "--streaming"]
-    monkeypatch.setattr("extractor.prepare._default_workers", lambda rows: 1)
+    monkeypatch.setattr("extractor.data.prepare._default_workers", lambda rows: 1)
     assert cli("extract", *job, "--out", tmp_path / "whole")[0] == 0
 
     class BreaksOff:

@@ -22,7 +22,7 @@ import torch
 from jobs import contents
 
 from cache_format import CacheError, FeatureCache
-from cache_format.lock import LOCK_NAME, writing
+from cache_format.storage.lock import LOCK_NAME, writing
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_dead_holder_blocks_nobody(whole, job, tmp_path):
 
 HOLDER_WITH_A_CHILD = """
 import multiprocessing, pathlib, sys, time
-from cache_format.lock import writing
+from cache_format.storage.lock import writing
 
 if __name__ == "__main__":
     with writing(pathlib.Path(sys.argv[1])):

@@ -159,7 +159,7 @@ def test_not_a_cache(tmp_path):
 
 
 def test_an_index_row_outside_its_shard_is_an_error(tmp_path):
-    from cache_format.index import Index, read_index, write_index
+    from cache_format.layout.index import Index, read_index, write_index
 
     write_cache(tmp_path / "c", LENGTHS)
     manifest = FeatureCache.open(tmp_path / "c").manifest
@@ -173,7 +173,7 @@ def test_an_index_row_outside_its_shard_is_an_error(tmp_path):
 
 
 def test_more_shards_than_may_be_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("cache_format.open_shards.MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("cache_format.reading.open_shards.MAX_OPEN_SHARDS", 2)
     write_cache(tmp_path / "c", [300] * 12)
     cache = FeatureCache.open(tmp_path / "c")
     assert cache.manifest.totals.shards > 4

@@ -14,8 +14,8 @@ from jobs import contents
 from safetensors.torch import load_file, save_file
 
 from cache_format import FeatureCache
-from cache_format.integrity import verify
-from cache_format.manifest import Manifest
+from cache_format.layout.manifest import Manifest
+from cache_format.upkeep.verify import verify
 
 
 def flip(path: Path, at: int = -20) -> None:
@@ -111,8 +111,10 @@ def test_recompute_proves_that_states_belong_to_tokens_and_target(made, cli, tin
 
 def test_recompute_finds_states_filed_under_other_tokens(made, cli, tiny_target, tmp_path):
     """The bug that no checksum can find: right when written, but of another sample."""
-    from cache_format.seal import seal
-    from cache_format.shard import ShardBuffer, ShardFile, shard_name
+    from cache_format.layout.shard import shard_name
+    from cache_format.layout.shard_file import ShardFile
+    from cache_format.writing.seal import seal
+    from cache_format.writing.shard_buffer import ShardBuffer
 
     cache = shutil.copytree(made, tmp_path / "cache")
     manifest = Manifest.read(cache)
@@ -240,7 +242,7 @@ def test_a_cache_that_cannot_be_looked_at_is_not_called_damaged(made, cli, tmp_p
     def refuse(path, *arguments):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr("cache_format.manifest.open_for_reading", refuse)
+    monkeypatch.setattr("cache_format.layout.manifest.open_for_reading", refuse)
     for command in (["verify", made], ["verify", made, "--quick"], ["repair", made]):
         code, _, err = cli(*command)
         assert (code, "permission denied" in err) == (2, True)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from cache_format.errors import CacheError
-from cache_format.manifest import Manifest
-from cache_format.samples import PreparedSamples
-from cache_format.shard import ShardFile, shard_name
-from extractor.plan import Plan, PlanOptions
-from extractor.resume import missing_shards
+from cache_format.layout.manifest import Manifest
+from cache_format.layout.samples import PreparedSamples
+from cache_format.layout.shard import shard_name
+from cache_format.layout.shard_file import ShardFile
+from extractor.job.plan import Plan, PlanOptions
+from extractor.job.resume import missing_shards
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def scan(made, tmp_path):
 
 def test_finished_shards_are_told_without_parsing_them(scan, monkeypatch):
     cache, missing = scan
-    monkeypatch.setattr("extractor.resume.ShardFile", None)
+    monkeypatch.setattr("extractor.job.resume.ShardFile", None)
     assert missing() == []
     (cache / shard_name(2)).unlink()
     assert missing() == [2]

@@ -15,8 +15,8 @@ import torch
 from jobs import contents
 
 from cache_format import FeatureCache
-from cache_format.manifest import Manifest
-from extractor.forward import HiddenStateExtractor
+from cache_format.layout.manifest import Manifest
+from extractor.target.forward import HiddenStateExtractor
 
 
 class RunsOutOfMemory:

@@ -15,8 +15,8 @@ import pytest
 from jobs import contents
 
 from cache_format import FeatureCache
-from cache_format.integrity import verify
-from cache_format.samples import read_part
+from cache_format.layout.samples import read_part
+from cache_format.upkeep.verify import verify
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 SLOW_DISK = """

@@ -13,9 +13,9 @@ import pytest
 from jobs import contents
 
 from cache_format.errors import InputError
-from extractor import job as job_module
 from extractor.config import DataOptions, ExtractOptions, TargetOptions
-from extractor.engine.worker import Worker
+from extractor.job import job as job_module
+from extractor.job.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 SRUN = """#!/usr/bin/env bash

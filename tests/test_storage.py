@@ -13,8 +13,8 @@ import time
 import pytest
 
 from cache_format.errors import CacheError, StorageError
-from cache_format.lock import LOCK_NAME, LockedError, writing
-from cache_format.storage import committed, inside, make_folder, remove_temporaries
+from cache_format.storage.files import committed, inside, make_folder, remove_temporaries
+from cache_format.storage.lock import LOCK_NAME, LockedError, writing
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", ".", "a//b", "a\\b", "a\0b", "a/.."])
@@ -61,7 +61,7 @@ def test_a_failed_commit_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_what_a_killed_process_left_is_removed(tmp_path):
     code = (
         "import os, pathlib, signal\n"
-        "from cache_format.storage import committed\n"
+        "from cache_format.storage.files import committed\n"
         f"with committed(pathlib.Path({str(tmp_path / 'f')!r})) as file:\n"
         "    file.write(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -83,7 +83,7 @@ def test_folders_are_made_with_their_parents(tmp_path):
 
 HOLD = (
     "import pathlib, sys, time\n"
-    "from cache_format.lock import writing\n"
+    "from cache_format.storage.lock import writing\n"
     "with writing(pathlib.Path(sys.argv[1])):\n"
     "    print('held', flush=True); time.sleep(60)\n"
 )
@@ -103,7 +103,7 @@ def test_the_lock_names_its_holder_and_dies_with_it(tmp_path):
 
 SHARE = (
     "import pathlib, sys, time\n"
-    "from cache_format.lock import LockedError, writing\n"
+    "from cache_format.storage.lock import LockedError, writing\n"
     "try:\n"
     "    with writing(pathlib.Path(sys.argv[1]), job=sys.argv[2]):\n"
     "        print('held', flush=True); sys.stdin.read()\n"
@@ -132,7 +132,7 @@ def test_workers_of_one_job_share_the_lock_and_others_are_refused(tmp_path):
 
 
 def test_a_worker_waits_while_the_first_of_its_job_begins_on_a_slow_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr("cache_format.lock._UNKNOWN_SECONDS", 0.1)
+    monkeypatch.setattr("cache_format.storage.lock._UNKNOWN_SECONDS", 0.1)
     alone, done = threading.Event(), threading.Event()
 
     def begin():

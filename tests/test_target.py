@@ -7,8 +7,8 @@ import torch
 from tiny_models import BUILDERS, HIDDEN, LAYERS, VOCAB, OddModel, build, causal, llama, qwen3
 
 from cache_format.errors import InputError
-from extractor.layer_ids import default_target_layer_ids, parse_layer_ids
-from extractor.target import HFDFlashTargetModel
+from extractor.target.hooks import HFDFlashTargetModel
+from extractor.target.layer_ids import default_target_layer_ids, parse_layer_ids
 
 IDS = [3, 0, 1]
 

@@ -16,14 +16,14 @@ from jobs import contents
 from transformers import AutoModelForCausalLM
 
 from cache_format import InputError
-from cache_format.captures import Captures
-from cache_format.lock import writing
-from extractor.batch_budget import MOST_BATCH_TOKENS, largest_fitting, run_once
+from cache_format.layout.captures import Captures
+from cache_format.storage.lock import writing
 from extractor.config import parse_batch_tokens
 from extractor.engine.local import parse_devices
-from extractor.engine.worker import Worker
-from extractor.forward import UNMASKED, HiddenStateExtractor
-from extractor.target import HFDFlashTargetModel
+from extractor.job.worker import Worker
+from extractor.target.batch_budget import MOST_BATCH_TOKENS, largest_fitting, run_once
+from extractor.target.forward import UNMASKED, HiddenStateExtractor
+from extractor.target.hooks import HFDFlashTargetModel
 
 EXTRACT = [sys.executable, "-m", "extractor", "extract"]
 

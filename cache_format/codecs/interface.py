@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache_format.safetensors_file import DTYPES
+from cache_format.codecs.dtypes import DTYPES
 
 BLOCKS = "hidden_states_blocks"
 BLOCK_STARTS = "hidden_states_block_starts"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cache_format.codecs.dtypes import DTYPE_NAMES
 from cache_format.codecs.interface import RowCodec, States, TokenTensor
-from cache_format.safetensors_file import DTYPE_NAMES
 
 
 @dataclass(frozen=True)

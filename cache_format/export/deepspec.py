@@ -26,8 +26,8 @@ import torch
 
 from cache_format.errors import InputError
 from cache_format.export.layout import ExportFile, Layout, require_last_hidden_states, write_tensor
-from cache_format.reader import FeatureCache
-from cache_format.storage import write_all
+from cache_format.reading.feature_cache import FeatureCache
+from cache_format.storage.files import write_all
 
 VERSION = 2
 _TENSORS = ("input_ids", "attention_mask", "loss_mask", "target_hidden_states", "target_last_hidden_states")

@@ -27,7 +27,7 @@ from cache_format.export.layout import (
     states_of_last_layer_normed,
     write_torch,
 )
-from cache_format.reader import FeatureCache
+from cache_format.reading.feature_cache import FeatureCache
 
 
 def _check(cache: FeatureCache) -> None:

@@ -25,6 +25,7 @@ from typing import BinaryIO
 
 import torch
 
+from cache_format.codecs.dtypes import DTYPE_NAMES
 from cache_format.export.layout import (
     ExportFile,
     Layout,
@@ -33,9 +34,8 @@ from cache_format.export.layout import (
     states_of_last_layer_normed,
     write_safetensors,
 )
-from cache_format.reader import FeatureCache
-from cache_format.safetensors_file import DTYPE_NAMES
-from cache_format.storage import write_all
+from cache_format.reading.feature_cache import FeatureCache
+from cache_format.storage.files import write_all
 
 FORMAT_VERSION = 1
 SHARD_BYTES = 256 << 20

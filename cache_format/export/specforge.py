@@ -21,8 +21,8 @@ from functools import partial
 from typing import BinaryIO
 
 from cache_format.export.layout import FILES_A_FOLDER, ExportFile, Layout, LeftOut, write_torch
-from cache_format.manifest import Manifest
-from cache_format.reader import FeatureCache
+from cache_format.layout.manifest import Manifest
+from cache_format.reading.feature_cache import FeatureCache
 
 
 def _check(cache: FeatureCache) -> None:

@@ -14,7 +14,7 @@ import traceback
 import typer
 
 from cache_format.errors import DFlashCacheError, InputError, MismatchError, StorageError
-from cache_format.lock import LockedError
+from cache_format.storage.lock import LockedError
 from extractor.cli.estimate import estimate
 from extractor.cli.exit_codes import EXIT_COULD_NOT_START, EXIT_FAILED
 from extractor.cli.export import export
@@ -23,8 +23,8 @@ from extractor.cli.inspect import inspect
 from extractor.cli.recode import recode
 from extractor.cli.repair import repair
 from extractor.cli.verify import verify
-from extractor.progress import say
-from extractor.signals import Stopped, stoppable
+from extractor.terminal.progress import say
+from extractor.terminal.signals import Stopped, stoppable
 
 app = typer.Typer(
     add_completion=False,

@@ -70,8 +70,8 @@ def estimate(
 
     Up to 10,000 rows are tokenised; larger data is estimated from rows spread evenly over it.
     """
-    from extractor.estimate import describe
-    from extractor.estimate import estimate as run_estimate
+    from extractor.job.estimate import describe
+    from extractor.job.estimate import estimate as run_estimate
 
     result = run_estimate(extract_options({**locals(), "out": out or Path.cwd()}))
     if as_json:

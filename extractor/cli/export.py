@@ -13,7 +13,7 @@ from cache_format.errors import InputError
 from extractor.cli.exit_codes import EXIT_FAILED, or_could_not_run
 from extractor.cli.options import Cache, Debug, Json, folder
 from extractor.cli.output import show
-from extractor.progress import Reporter, say, size
+from extractor.terminal.progress import Reporter, say, size
 
 
 def export(

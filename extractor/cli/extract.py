@@ -50,7 +50,7 @@ from extractor.cli.options import (
     TrustRemoteCode,
 )
 from extractor.cli.output import show
-from extractor.progress import duration, say, size
+from extractor.terminal.progress import duration, say, size
 
 
 def extract(
@@ -108,8 +108,8 @@ def extract(
     Example: dflash-cache extract --target Qwen/Qwen3-8B --data train.jsonl --out /data/cache
     """
     from extractor.engine.local import extract_on, parse_devices
-    from extractor.engine.worker import Worker
-    from extractor.job import extract as run_extract
+    from extractor.job.job import extract as run_extract
+    from extractor.job.worker import Worker
 
     options, worker = extract_options(locals()), Worker.from_environment()
     if engine not in ("local", "ray"):
@@ -130,7 +130,7 @@ def extract(
             raise InputError("--devices starts workers of its own; leave it out under torchrun or srun")
         report = extract_on(parse_devices(devices), options)
     elif tp_plan is not None and worker.rank > 0:
-        from extractor.engine.tensor_parallel import follow
+        from extractor.target.tensor_parallel import follow
 
         follow(options)
         return

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def destination(out: Path | str, scratch: Path | None) -> dict[str, Any]:
     """``out`` and ``url`` of ExtractOptions."""
-    from cache_format.upload import scratch_folder
+    from cache_format.writing.upload import scratch_folder
 
     where = place(str(out))
     if isinstance(where, str):
@@ -34,9 +34,9 @@ def extract_options(arguments: dict[str, Any]) -> ExtractOptions:
         parse_captures,
         parse_size,
     )
-    from extractor.layer_ids import parse_layer_ids
-    from extractor.plan import PlanOptions
-    from extractor.prepare import PrepareOptions
+    from extractor.data.prepare import PrepareOptions
+    from extractor.job.plan import PlanOptions
+    from extractor.target.layer_ids import parse_layer_ids
 
     def taken(*names: str) -> dict[str, Any]:
         return {name: arguments[name] for name in names if name in arguments}

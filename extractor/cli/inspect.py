@@ -10,7 +10,7 @@ from extractor.cli.output import show
 
 def inspect(cache: Cache, as_json: Json = False, debug: Debug = False) -> None:
     """What a cache holds and how it was made; reads the manifest alone."""
-    from extractor.inspect import describe, summarise
+    from extractor.job.inspect import describe, summarise
 
     summary = summarise(cache)
     show(json.dumps(summary) if as_json else describe(summary))

@@ -232,7 +232,7 @@ Codec = Annotated[
 
 def place(text: str) -> Path | str:
     """A folder, or a checked URL."""
-    from cache_format.store import is_url, parse_url
+    from cache_format.storage.store import is_url, parse_url
 
     return parse_url(text) if is_url(text) else Path(text)
 

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from cache_format.errors import CacheError, InputError
-from cache_format.folder import shard_bytes
+from cache_format.storage.folder import shard_bytes
 from extractor.cli.extract_options import destination
 from extractor.cli.options import Cache, Debug, Json, Scratch, place
 from extractor.cli.output import show
-from extractor.progress import Reporter, say, size
+from extractor.terminal.progress import Reporter, say, size
 
 
 def recode(
@@ -46,8 +46,8 @@ def recode(
     Example: dflash-cache recode /data/cache /data/cache-fp8 --codec fp8
     """
     from cache_format import FeatureCache
-    from cache_format.recode import recode as run_recode
-    from cache_format.recode_to_store import recode_to_store
+    from cache_format.upkeep.recode import recode as run_recode
+    from cache_format.upkeep.recode_to_store import recode_to_store
 
     try:
         source = FeatureCache.open(cache, verify="sample")

@@ -12,7 +12,7 @@ import typer
 from extractor.cli.exit_codes import EXIT_FAILED, or_could_not_run
 from extractor.cli.options import Cache, Debug, Json
 from extractor.cli.output import show
-from extractor.progress import Reporter, say
+from extractor.terminal.progress import Reporter, say
 
 
 def repair(
@@ -28,9 +28,9 @@ def repair(
     extract command, which makes just those. On a terminal it says what it will do and asks. Exit code 0: whole, or
     whole again; 1: now run the extract command; 2: could not run.
     """
-    from cache_format.integrity import verify as run_verify
-    from cache_format.repair import plan_repair
-    from cache_format.repair import repair as run_repair
+    from cache_format.upkeep.repair import plan_repair
+    from cache_format.upkeep.repair import repair as run_repair
+    from cache_format.upkeep.verify import verify as run_verify
 
     with or_could_not_run():
         with Reporter("verify", None, "bytes") as reporter:

@@ -10,11 +10,11 @@ from typing import Annotated
 import typer
 
 from cache_format.errors import InputError
-from cache_format.folder import shard_bytes
+from cache_format.storage.folder import shard_bytes
 from extractor.cli.exit_codes import EXIT_FAILED, or_could_not_run
 from extractor.cli.options import Cache, Debug, Device, Json, TrustRemoteCode
 from extractor.cli.output import show
-from extractor.progress import Reporter, duration, say, size
+from extractor.terminal.progress import Reporter, duration, say, size
 
 
 def verify(
@@ -49,8 +49,8 @@ def verify(
     By default every byte is read and checked, so it takes as long as reading the cache (the estimate is shown). Lists
     every problem it finds. Exit code 0: whole; 1: damaged or unfinished; 2: could not run.
     """
-    from cache_format.integrity import PROVES
-    from cache_format.integrity import verify as run_verify
+    from cache_format.upkeep.verify import PROVES
+    from cache_format.upkeep.verify import verify as run_verify
 
     if recompute and not target:
         raise InputError("--recompute needs --target, the target that the cache was made with")
@@ -70,7 +70,7 @@ def verify(
     seconds = max(time.monotonic() - started, 1e-9)
     again = None
     if recompute and target and report.whole:
-        from extractor.recompute import recompute as run_recompute
+        from extractor.target.recompute import recompute as run_recompute
 
         say(f"recompute: loading the target, then {recompute:,} forward passes of a sample each")
         again = run_recompute(cache, target, recompute, device=device, trust_remote_code=trust_remote_code)

@@ -17,12 +17,12 @@ import torch
 from cache_format.errors import DFlashCacheError, InputError
 from extractor.config import ExtractOptions
 from extractor.engine.shard_queue import WorkerError
-from extractor.engine.worker import Worker
-from extractor.job import extract
-from extractor.progress import Reporter, say
-from extractor.report import ExtractReport, progress_note
-from extractor.run import RunStats, added
-from extractor.signals import Stopped, stoppable
+from extractor.job.job import extract
+from extractor.job.report import ExtractReport, progress_note
+from extractor.job.run import RunStats, added
+from extractor.job.worker import Worker
+from extractor.terminal.progress import Reporter, say
+from extractor.terminal.signals import Stopped, stoppable
 
 SECONDS_TO_STOP = 8.0
 """How long workers may take to stop before they are killed; any instant is safe."""
@@ -47,7 +47,7 @@ def parse_devices(text: str) -> list[str]:
 
 
 def extract_on(devices: Sequence[str], options: ExtractOptions) -> ExtractReport:
-    """:func:`extractor.job.extract` with a worker process on each of ``devices``.
+    """:func:`extractor.job.job.extract` with a worker process on each of ``devices``.
 
     Raises:
         DFlashCacheError: as there, of the first worker that failed; the others are stopped.

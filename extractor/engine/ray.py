@@ -22,19 +22,19 @@ from typing import Any
 import torch
 
 from cache_format.errors import CacheError, InputError, MismatchError
-from cache_format.manifest import Manifest
-from cache_format.upload import scratch_folder
+from cache_format.layout.manifest import Manifest
+from cache_format.writing.upload import scratch_folder
 from extractor.config import ExtractOptions
 from extractor.engine.ray_worker import ShardWorker, remove_free_scratch
 from extractor.engine.shard_queue import ShardQueue, WorkerError
-from extractor.engine.worker import Worker
-from extractor.job import Job, opened
-from extractor.load_target import resolve_dtype
-from extractor.plan import Plan
-from extractor.progress import Reporter, say
-from extractor.report import ExtractReport, progress_note
-from extractor.run import DeviceMemoryError, NonFiniteError, RunStats, added
-from extractor.store_job import opened as opened_at_url
+from extractor.job.job import Job, opened
+from extractor.job.plan import Plan
+from extractor.job.report import ExtractReport, progress_note
+from extractor.job.run import DeviceMemoryError, NonFiniteError, RunStats, added
+from extractor.job.store_job import opened as opened_at_url
+from extractor.job.worker import Worker
+from extractor.target.load_target import resolve_dtype
+from extractor.terminal.progress import Reporter, say
 
 SHARDS_IN_HAND = 2
 """Of each actor: one on the device, one being written or waiting for the device."""
@@ -74,7 +74,7 @@ class RayOptions:
 
 
 def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractReport:
-    """:func:`extractor.job.extract` by the actors of a Ray cluster.
+    """:func:`extractor.job.job.extract` by the actors of a Ray cluster.
 
     Raises:
         InputError: Ray is not installed, no such cluster, or as there.

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from extractor.config import ExtractOptions
-    from extractor.job import Job
-    from extractor.run import RunStats
+    from extractor.job.job import Job
+    from extractor.job.run import RunStats
 
 
 class ShardWorker:
@@ -52,9 +52,9 @@ class ShardWorker:
         """Load the target. In a cache that is not planned yet, plan it: one worker at a time may do that.
 
         Raises:
-            DFlashCacheError: this node's files are not those of the cache, or as ``extractor.job.extract``.
+            DFlashCacheError: this node's files are not those of the cache, or as ``extractor.job.job.extract``.
         """
-        from extractor.run import RunStats
+        from extractor.job.run import RunStats
 
         job = self._store_job() if self._options.url is not None else self._folder_job()
         manifest = job.begun()
@@ -69,9 +69,9 @@ class ShardWorker:
 
     def _folder_job(self) -> Job:
         """The job of a cache in a folder; its lock is shared by all workers."""
-        from cache_format.lock import writing
-        from extractor.engine.worker import Worker
-        from extractor.job import Job
+        from cache_format.storage.lock import writing
+        from extractor.job.job import Job
+        from extractor.job.worker import Worker
 
         job = Job(self._options, Worker(job=self._job))
         self._held.enter_context(writing(job.out, self._job))
@@ -80,10 +80,10 @@ class ShardWorker:
     def _store_job(self) -> Job:
         """The job of a cache at a URL, which the driver has leased; each worker of a node has a scratch folder."""
         from cache_format.errors import InputError
-        from cache_format.store import Store
-        from cache_format.upload import Upload, scratch_folder
-        from extractor.engine.worker import Worker
-        from extractor.store_job import StoreJob
+        from cache_format.storage.store import Store
+        from cache_format.writing.upload import Upload, scratch_folder
+        from extractor.job.store_job import StoreJob
+        from extractor.job.worker import Worker
 
         url = self._options.url
         assert url is not None
@@ -103,7 +103,7 @@ class ShardWorker:
         """Make and commit a shard; all that this worker has committed so far.
 
         Raises:
-            DFlashCacheError: as :meth:`extractor.run.ShardRunner.run`.
+            DFlashCacheError: as :meth:`extractor.job.run.ShardRunner.run`.
         """
         with self._computing:
             before = replace(self._making.stats)
@@ -126,8 +126,8 @@ class ShardWorker:
 
 def _free_scratch(below: Path, held: ExitStack) -> Path:
     """A scratch folder that no living worker has, until ``held`` is closed; then it goes, and those of dead workers."""
-    from cache_format.lock import LockedError, writing
-    from cache_format.storage import make_folder
+    from cache_format.storage.files import make_folder
+    from cache_format.storage.lock import LockedError, writing
 
     for number in itertools.count():
         scratch = below / f"actor-{number}"
@@ -143,7 +143,7 @@ def _free_scratch(below: Path, held: ExitStack) -> Path:
 def remove_free_scratch(below: Path) -> None:
     """Remove the scratch folders of workers that are dead."""
     from cache_format.errors import DFlashCacheError
-    from cache_format.lock import writing
+    from cache_format.storage.lock import writing
 
     for scratch in below.glob("actor-*"):
         with suppress(DFlashCacheError), writing(scratch):

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from cache_format.index import INDEX_NAME, Index, read_index, write_index
-from cache_format.manifest import MANIFEST_NAME, Manifest, _checksum
+from cache_format.layout.index import INDEX_NAME, Index, read_index, write_index
+from cache_format.layout.manifest import MANIFEST_NAME, Manifest, _checksum
 
 Change = Callable[[dict[str, Any]], Any]
 

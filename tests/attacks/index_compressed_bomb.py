@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from cache_format.index import INDEX_SCHEMA
+from cache_format.layout.index import INDEX_SCHEMA
 
 
 def attack(cache: Path) -> None:

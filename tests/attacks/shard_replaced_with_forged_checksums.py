@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from edit import shard
 
-from cache_format.manifest import Manifest
-from cache_format.shard import ShardFile
+from cache_format.layout.manifest import Manifest
+from cache_format.layout.shard_file import ShardFile
 
 
 def attack(cache: Path) -> None:

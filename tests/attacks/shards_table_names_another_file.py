@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from cache_format.index import SHARDS_NAME, read_shards, write_shards
-from cache_format.manifest import Manifest
+from cache_format.layout.index import SHARDS_NAME, read_shards, write_shards
+from cache_format.layout.manifest import Manifest
 
 
 def attack(cache: Path) -> None:

@@ -16,7 +16,7 @@ from cache_format import CacheError, FeatureCache
 from cache_format.codecs import CODECS
 from cache_format.codecs.fp8 import SCALES
 from cache_format.codecs.zbits import EXPONENTS
-from cache_format.integrity import verify
+from cache_format.upkeep.verify import verify
 
 
 @pytest.mark.parametrize("codec", ["fp8", "zbits"])

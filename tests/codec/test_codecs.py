@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cache_format.codecs import CODECS, Fp8Codec, RawCodec, States, ZbitsCodec, codec_from_dict
 from cache_format.codecs.fp8 import SCALES
-from cache_format.encode import bits_of
+from cache_format.writing.encode import bits_of
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -11,8 +11,8 @@ import torch
 from jobs import contents
 
 from cache_format import CacheError, FeatureCache, InputError, MismatchError
-from cache_format.integrity import verify
-from cache_format.recode import recode
+from cache_format.upkeep.recode import recode
+from cache_format.upkeep.verify import verify
 
 
 def shards_of(cache):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cache_format import store
+from cache_format.storage import store
 
 
 @pytest.fixture(scope="module")

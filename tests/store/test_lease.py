@@ -10,10 +10,10 @@ import time
 from commands import wait_for
 from s3 import put
 
-from cache_format import lease
-from cache_format.lease import leased
-from cache_format.lock import LOCK_NAME, LockedError
-from cache_format.store import Store
+from cache_format.storage import lease
+from cache_format.storage.lease import leased
+from cache_format.storage.lock import LOCK_NAME, LockedError
+from cache_format.storage.store import Store
 
 
 def test_a_lock_that_does_not_change_is_taken_over(bucket, quick, monkeypatch):

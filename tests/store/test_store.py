@@ -14,8 +14,8 @@ from s3 import SECRET, objects, put
 
 from cache_format import CacheError, InputError, StorageError, store
 from cache_format.errors import StoreError
-from cache_format.store import PART_BYTES, Store, parse_url
-from cache_format.store_file import StoreFile
+from cache_format.storage.store import PART_BYTES, Store, parse_url
+from cache_format.storage.store_file import StoreFile
 
 BIG = np.random.default_rng(0).integers(0, 256, 2 * PART_BYTES + 12345, np.uint8).tobytes()
 

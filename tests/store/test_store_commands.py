@@ -9,9 +9,9 @@ from commands import start, wait_for
 from jobs import contents
 from s3 import objects, put, upload_folder
 
-from cache_format.manifest import MANIFEST_NAME
-from cache_format.shard import shard_name
-from cache_format.store import Store
+from cache_format.layout.manifest import MANIFEST_NAME
+from cache_format.layout.shard import shard_name
+from cache_format.storage.store import Store
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ from s3 import SECRET, objects, put, upload_folder
 
 from cache_format import FeatureCache, lease, store
 from cache_format.errors import InputError
-from cache_format.lock import LOCK_NAME
-from cache_format.manifest import MANIFEST_NAME, Manifest
-from cache_format.shard import shard_name
-from cache_format.store import Store
-from cache_format.upload import scratch_folder
+from cache_format.layout.manifest import MANIFEST_NAME, Manifest
+from cache_format.layout.shard import shard_name
+from cache_format.storage.lock import LOCK_NAME
+from cache_format.storage.store import Store
+from cache_format.writing.upload import scratch_folder
 
 
 def test_the_bytes_of_a_local_run_in_the_order_of_commits(cli, arguments, bucket, s3, proxy, made, tmp_path):
@@ -205,7 +205,7 @@ def test_two_jobs_on_one_url(cli, arguments, bucket, s3, made, tmp_path, monkeyp
 
 
 def test_two_jobs_that_begin_at_once_agree_on_one_manifest(bucket, tmp_path, made, quick):
-    from cache_format.upload import Upload
+    from cache_format.writing.upload import Upload
 
     manifest = replace(Manifest.read(made), state="preparing")
     other = replace(manifest, identity={**manifest.identity, "max_length": 1})

@@ -1,0 +1,101 @@
+"""target/embeddings.safetensors: the target's frozen input and output embeddings, tied weights stored once."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from cache_format.codecs.dtypes import DTYPE_NAMES
+from cache_format.errors import CacheError, StorageError
+from cache_format.layout.manifest import TargetInfo
+from cache_format.layout.safetensors_file import plan_container, read_container
+from cache_format.storage.byte_source import LocalFile
+from cache_format.storage.files import committed, inside, write_all
+
+EMBEDDINGS_NAME = "target/embeddings.safetensors"
+EMBED = "embed_tokens.weight"
+HEAD = "lm_head.weight"
+HEAD_BIAS = "lm_head.bias"
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding whose output is multiplied by a constant in the weight's dtype, as Gemma's is."""
+
+    def __init__(self, weight: Tensor, scale: float):
+        super().__init__(weight.shape[0], weight.shape[1], _weight=weight)
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[...]`` int64 -> ``[..., H]``."""
+        return super().forward(input) * torch.tensor(self.scale, dtype=self.weight.dtype, device=self.weight.device)
+
+
+def write_embeddings(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Commit ``embed_tokens.weight [V, H]`` and, where given, ``lm_head.weight [V, H]`` and ``lm_head.bias [V]``.
+
+    Raises:
+        StorageError: the operating system refused.
+    """
+    entries = [(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    container = plan_container(entries, {"format": "pt"})
+    with committed(path) as file:
+        write_all(file, container.header)
+        for tensor in tensors.values():
+            data = tensor.detach().to("cpu").contiguous().view(torch.uint8).reshape(-1)
+            write_all(file, data.numpy().data)
+
+
+def _load(cache: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
+    path = inside(cache, EMBEDDINGS_NAME)
+    try:
+        with closing(LocalFile(path)) as file:
+            found = read_container(file).places
+            wanted = [name for name in names if name in found]
+            with safe_open(path, "pt") as weights:
+                return {name: weights.get_tensor(name) for name in wanted}
+    except SafetensorError as error:
+        raise CacheError(path, f"cannot be read: {error}") from None
+    except OSError as error:
+        raise StorageError(path, "read", error) from error
+
+
+def load_input_embeddings(cache: Path, target: TargetInfo) -> nn.Embedding:
+    """The target's token embedding, frozen, on the CPU, in the dtype it was extracted with.
+
+    Raises:
+        CacheError: missing or not of the manifest's shape.
+    """
+    weight = _load(cache, (EMBED,)).get(EMBED)
+    _check_shape(cache, EMBED, weight, target)
+    assert weight is not None
+    if target.embed_scale == 1.0:
+        return nn.Embedding.from_pretrained(weight, freeze=True)
+    return ScaledEmbedding(weight, target.embed_scale).requires_grad_(False)
+
+
+def load_output_embeddings(cache: Path, target: TargetInfo) -> nn.Linear:
+    """The target's LM head ``[V, H]``, frozen, on the CPU; from the input embedding where the two are tied.
+
+    Raises:
+        CacheError: missing or not of the manifest's shape.
+    """
+    name = EMBED if target.tie_word_embeddings else HEAD
+    tensors = _load(cache, (name, HEAD_BIAS))
+    _check_shape(cache, name, tensors.get(name), target)
+    weight, bias = tensors[name], tensors.get(HEAD_BIAS)
+    with torch.device("meta"):
+        head = nn.Linear(target.hidden_size, weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    head.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        head.bias = nn.Parameter(bias, requires_grad=False)
+    return head
+
+
+def _check_shape(cache: Path, name: str, weight: Tensor | None, target: TargetInfo) -> None:
+    if weight is None or weight.ndim != 2 or weight.shape[1] != target.hidden_size:
+        found = "absent" if weight is None else f"of shape {tuple(weight.shape)}"
+        raise CacheError(cache / EMBEDDINGS_NAME, f"{name} is {found}, expected [V, {target.hidden_size}]")

@@ -1,0 +1,262 @@
+"""manifest.json: what a cache is (identity, schema), what it holds (totals, files) and how far it is (state)."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from cache_format.codecs import States, codec_from_dict
+from cache_format.codecs.dtypes import torch_dtype
+from cache_format.errors import CacheError, MismatchError, StorageError
+from cache_format.layout.captures import Captures
+from cache_format.layout.shard import FORMAT_NAME, FORMAT_VERSION, ShardSchema
+from cache_format.storage.file_info import FileInfo
+from cache_format.storage.files import committed, inside, open_for_reading, write_all
+
+MANIFEST_NAME = "manifest.json"
+STATES = ("preparing", "extracting", "complete")
+MAX_MANIFEST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetInfo:
+    """The frozen target, as far as a trainer needs it."""
+
+    name: str
+    """hub id or folder, as given to ``extract --target``"""
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    """True where lm_head.weight is embed_tokens.weight, and stored once"""
+    embed_scale: float = 1.0
+    """what the target multiplies an embedding by (Gemma: sqrt of hidden_size)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInfo:
+    """The dataset the samples came from."""
+
+    name: str
+    rows: int
+    """dataset rows read, dropped ones included"""
+    dropped: dict[str, int]
+    """reason -> rows"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Sizes, known once the samples are prepared and planned."""
+
+    parts: int
+    """files in samples/"""
+    samples: int
+    """prepared samples; those in ``quarantined`` have no rows in the shards"""
+    tokens: int
+    loss_tokens: int
+    shards: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What the codec made of the states, once all shards are there."""
+
+    ratio: float
+    """bytes stored for hidden_states over their bytes before"""
+    snr_db: list[float]
+    """signal-to-noise ratio of each captured layer, in dB; empty with a lossless codec"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All of manifest.json. Immutable: a new state is a new manifest, committed over the old one."""
+
+    state: str
+    identity: dict[str, Any]
+    """dotted field -> JSON value: everything that can change a byte; ``samples`` and what the loaded target
+    decides are added when the state becomes extracting, and the fingerprint is taken over all of them"""
+    target: TargetInfo
+    target_layer_ids: list[int]
+    dtype: str
+    codec: dict[str, Any]
+    capture: dict[str, Any]
+    """see captures.py"""
+    created_with: dict[str, str]
+    """software versions of the run that began the cache; for information, not part of the identity"""
+    fingerprint: str = ""
+    data: DataInfo | None = None
+    totals: Totals | None = None
+    quarantined: list[int] = field(default_factory=list)
+    """sample_ids left out of the shards because the target gave non-finite states for them"""
+    measured: Measured | None = None
+    files: dict[str, FileInfo] = field(default_factory=dict)
+    """path below the cache -> size and checksum, for all but the manifest and the shards"""
+
+    def __post_init__(self) -> None:
+        if self.state not in STATES:
+            raise ValueError(f"state {self.state!r} is not one of {', '.join(STATES)}")
+        if not self.target_layer_ids or not all(0 <= i < self.target.num_hidden_layers for i in self.target_layer_ids):
+            raise ValueError(f"target_layer_ids {self.target_layer_ids} are not layers of the target")
+        if min(self.target.hidden_size, self.target.vocab_size) < 1:
+            raise ValueError("hidden_size and vocab_size must be at least 1")
+        torch_dtype(self.dtype)
+        codec_from_dict(self.codec)
+        Captures.from_dict(self.capture)
+        if self.state != "preparing":
+            if self.data is None or self.totals is None or min(asdict(self.totals).values()) < 0:
+                raise ValueError(f"state {self.state} needs data and totals")
+            if max(asdict(self.totals).values()) >= 1 << 62:
+                raise ValueError("totals are larger than any cache can be")
+            bounds = [-1, *self.quarantined, self.totals.samples]
+            if any(low >= high for low, high in itertools.pairwise(bounds)):
+                raise ValueError("quarantined are not sample_ids in ascending order")
+            if self.fingerprint != fingerprint(self.identity):
+                raise ValueError("the fingerprint is not that of the identity")
+
+    @property
+    def hidden_size(self) -> int:
+        """H: features of one layer."""
+        return self.target.hidden_size
+
+    @property
+    def width(self) -> int:
+        """``L*H``: features of a token in hidden_states."""
+        return len(self.target_layer_ids) * self.target.hidden_size
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Stored dtype of hidden_states."""
+        return torch_dtype(self.dtype)
+
+    def schema(self) -> ShardSchema:
+        """What the cache's shards have in common."""
+        return ShardSchema(
+            fingerprint=self.fingerprint,
+            codec=codec_from_dict(self.codec),
+            states=States(self.torch_dtype, len(self.target_layer_ids), self.hidden_size),
+            captures=Captures.from_dict(self.capture).tensors(self.torch_dtype, self.hidden_size),
+        )
+
+    def extracting(self, identity: Mapping[str, Any], **changes: Any) -> Manifest:
+        """The manifest of state extracting: the identity is now whole and gets its fingerprint."""
+        return replace(self, state="extracting", identity=dict(identity), fingerprint=fingerprint(identity), **changes)
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes; a function of the content alone, with a checksum over it."""
+        content = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **asdict(self)}
+        content["checksum"] = _checksum(content)
+        return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
+
+    def write(self, cache: Path) -> None:
+        """Commit manifest.json in folder ``cache``.
+
+        Raises:
+            StorageError: the operating system refused; the old manifest stands.
+        """
+        with committed(cache / MANIFEST_NAME) as file:
+            write_all(file, self.to_bytes())
+
+    @staticmethod
+    def read(cache: Path) -> Manifest:
+        """Read and check manifest.json of folder ``cache``.
+
+        Raises:
+            CacheError: missing, damaged, or of a format version that this package does not know.
+        """
+        path = cache / MANIFEST_NAME
+        if not os.path.lexists(path):
+            raise CacheError(cache, f"is not a feature cache: there is no {MANIFEST_NAME}")
+        try:
+            with open(open_for_reading(inside(cache, MANIFEST_NAME)), "rb") as file:
+                text = file.read(MAX_MANIFEST_BYTES + 1)
+        except OSError as error:
+            raise StorageError(path, "read", error) from error
+        return Manifest.parse(text, path)
+
+    @staticmethod
+    def parse(text: bytes, where: str | os.PathLike[str]) -> Manifest:
+        """Check the content of a manifest.json; ``where`` is its path or URL, for messages.
+
+        Raises:
+            CacheError: damaged, or of a format version that this package does not know.
+        """
+        if len(text) > MAX_MANIFEST_BYTES:
+            raise CacheError(where, f"is longer than {MAX_MANIFEST_BYTES >> 20} MiB")
+        try:
+            return _parse(json.loads(text))
+        except (ValueError, RecursionError) as error:
+            raise CacheError(where, f"is damaged or foreign: {error}") from None
+
+
+def fingerprint(identity: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of the identity as JSON with sorted keys, no spaces, UTF-8."""
+    return hashlib.sha256(_canonical(dict(identity))).hexdigest()
+
+
+def require_same_identity(cache: Path | str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuse a resume with anything that would change a byte; a field that only one side has differs too.
+
+    Raises:
+        MismatchError: names each field that differs, with both values.
+    """
+    names = dict.fromkeys([*asked, *stored])
+    different = {name: (stored.get(name), asked.get(name)) for name in names if stored.get(name) != asked.get(name)}
+    if different:
+        raise MismatchError(
+            f"{cache}: this cache was begun with other inputs; nothing was touched. Different:",
+            different,
+            "Run with the original options to resume it, or choose another --out for the new ones.",
+        )
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64(_canonical(content)).hexdigest()
+
+
+def _parse(content: Any) -> Manifest:
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT_NAME:
+        raise ValueError(f"it does not say that it is of format {FORMAT_NAME!r}")
+    version = content.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise ValueError(f"format version {version!r}; this package reads version {FORMAT_VERSION}")
+    stored = content.pop("checksum", None)
+    if stored != _checksum({"format": FORMAT_NAME, "format_version": version, **content}):
+        raise ValueError("its checksum does not match its content")
+    return _build(Manifest, content, "manifest")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """``value`` from JSON as ``kind``, a dataclass or a plain annotation, with its type checked."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if hasattr(kind, "__dataclass_fields__"):
+        hints = typing.get_type_hints(kind)
+        if not isinstance(value, dict) or set(value) != {f.name for f in fields(kind)}:
+            raise ValueError(f"{where} does not have exactly the fields {', '.join(hints)}")
+        return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _build(arguments[0], value, where)
+    if type(value) is not (origin or kind):
+        raise ValueError(f"{where} is a {type(value).__name__}, not a {(origin or kind).__name__}")
+    if origin is list:
+        return [_build(arguments[0], item, where) for item in value]
+    if origin is dict:
+        return {name: _build(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    return value

@@ -1,0 +1,267 @@
+"""recode: a complete cache -> the same cache with another codec, shard by shard, without the target.
+
+The copy has the same samples in the same shards, so it is the cache that ``extract --codec`` with the other options
+as they were would have made: the same fingerprint, and for lossless codecs the same bytes of every shard. So the same
+``extract`` command can mend it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cache_format.codecs import Codec, codec_named
+from cache_format.codecs.dtypes import DTYPES
+from cache_format.errors import CacheError, InputError
+from cache_format.layout.index import INDEX_NAME, SHARDS_NAME
+from cache_format.layout.manifest import MANIFEST_NAME, Manifest, require_same_identity
+from cache_format.layout.shard import ShardSchema, shard_name
+from cache_format.layout.shard_file import ShardFile
+from cache_format.reading.feature_cache import FeatureCache
+from cache_format.storage.file_info import file_info
+from cache_format.storage.files import committed, inside, make_folder, remove_temporaries
+from cache_format.storage.host_memory import host_memory
+from cache_format.storage.lock import writing
+from cache_format.writing.encode import encode_shard
+from cache_format.writing.seal import seal
+
+_COPY_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecodeReport:
+    """What :func:`recode` did."""
+
+    cache: str
+    codec: str
+    shards: int
+    """made by this run"""
+    done_shards: int
+    """found done"""
+    bytes_before: int
+    """of all shards"""
+    bytes: int
+    ratio: float
+    """of what stands for hidden_states, to its bytes with the raw codec"""
+    snr_db: list[float]
+    """of each captured layer; empty with a lossless codec"""
+
+
+def recode(
+    source: FeatureCache, out: Path, codec_name: str, *, threads: int, progress: Callable[[int], None] = lambda n: None
+) -> RecodeReport:
+    """Write cache ``source`` into folder ``out`` with another codec, or go on where an earlier run stopped.
+
+    Each sample's checksum is checked as it is read if ``source`` was opened with ``verify="sample"``.
+
+    Args:
+        source: complete, and of a lossless codec.
+        out: new, or begun by the same recode.
+        codec_name: ``raw``, ``fp8`` or ``zbits``.
+        threads: shards that are worked on at a time; each takes memory for two shards.
+        progress: called with the source bytes of each shard that is done.
+
+    Raises:
+        InputError: nothing to do, a lossy source, an ``out`` that cannot be used, or too little space.
+        MismatchError: ``out`` is of another cache or codec.
+        CacheError: ``source`` is damaged.
+        StorageError: the operating system refused; finished shards stay.
+    """
+    codec = chosen_codec(source, codec_name)
+    manifest = recoded_manifest(source.manifest, codec)
+    _check_out(source, out, manifest)
+    make_folder(out)
+    with writing(out):
+        begin(source, out, manifest)
+        schema, places = manifest.schema(), places_by_shard(source)
+        missing = [n for n in range(len(places)) if not _is_done(out, schema, n, source.index.sample_id[places[n]])]
+        _require_space(out, schema, [source.index.num_tokens[places[number]] for number in missing])
+        before = [source.folder.size(shard_name(number)) or 0 for number in range(len(places))]
+        progress(sum(before) - sum(before[number] for number in missing))
+        make_shards(Worker(source, places, out, schema), missing, threads, lambda number: progress(before[number]))
+        sealed = Manifest.read(out)
+        sealed = sealed if sealed.state == "complete" else seal(out, sealed)
+    after = [_size(out / shard_name(number)) for number in range(len(places))]
+    return report(str(out), sealed, len(missing), before, after)
+
+
+def report(where: str, sealed: Manifest, made: int, before: Sequence[int], after: Sequence[int]) -> RecodeReport:
+    """Of a cache that is now complete; ``before`` and ``after``: bytes of each shard."""
+    assert sealed.measured is not None
+    return RecodeReport(
+        cache=where,
+        codec=sealed.codec["name"],
+        shards=made,
+        done_shards=len(before) - made,
+        bytes_before=sum(before),
+        bytes=sum(after),
+        ratio=sealed.measured.ratio,
+        snr_db=sealed.measured.snr_db,
+    )
+
+
+def make_shards(worker: Worker, numbers: Sequence[int], threads: int, done: Callable[[int], None]) -> None:
+    """Make shards ``numbers``, ``threads`` at a time; ``done`` is told each, in this order."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="recode") as pool:
+        futures = [pool.submit(worker.make, number) for number in numbers]
+        try:
+            for number, future in zip(numbers, futures, strict=True):
+                future.result()
+                done(number)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Worker:
+    """Makes shards, in memory that each thread uses again."""
+
+    def __init__(
+        self,
+        source: FeatureCache,
+        places: Sequence[np.ndarray],
+        out: Path,
+        schema: ShardSchema,
+        on_commit: Callable[[int], None] | None = None,
+    ):
+        """``places``: :func:`places_by_shard` of the source.
+
+        ``on_commit`` is called with each shard that stands in ``out``, from any thread.
+        """
+        self._source, self._out, self._schema, self._on_commit = source, out, schema, on_commit
+        self._places = places
+        self._thread = threading.local()
+
+    def make(self, number: int) -> None:
+        """Read, encode and commit shard ``number``."""
+        places = self._places[number]
+        index = self._source.index
+        ids, lengths = index.sample_id[places], index.num_tokens[places].astype(np.int64)
+        tensors = self._schema.raw.token_tensors
+        if len(places):
+            # One row of all samples, one after the other: the tensors of a shard.
+            batch = self._source.gather([places], allocate=self._batch_memory).decoded()
+            raw = {tensor.name: getattr(batch, tensor.name)[0] for tensor in tensors}
+        else:
+            raw = {tensor.name: torch.empty(tensor.shape(0), dtype=DTYPES[tensor.dtype]) for tensor in tensors}
+        into = getattr(self._thread, "buffer", None)
+        buffer = self._thread.buffer = encode_shard(self._schema, number, ids, lengths, raw, into)
+        buffer.commit(inside(self._out, shard_name(number)), read_next=self._on_commit is not None)
+        if self._on_commit is not None:
+            self._on_commit(number)
+
+    def _batch_memory(self, num_bytes: int) -> torch.Tensor:
+        memory: torch.Tensor | None = getattr(self._thread, "memory", None)
+        if memory is None or len(memory) < num_bytes:
+            memory = self._thread.memory = host_memory(num_bytes)
+        return memory[:num_bytes]
+
+
+def chosen_codec(source: FeatureCache, codec_name: str) -> Codec:
+    """The codec of the copy.
+
+    Raises:
+        InputError: unknown, the one that ``source`` has, or ``source`` is lossy or not complete.
+    """
+    have = codec_named(source.manifest.codec["name"])
+    try:
+        codec = codec_named(codec_name)
+    except ValueError as error:
+        raise InputError(f"--codec: {error}") from None
+    if source.manifest.state != "complete":
+        raise InputError(f"{source.where}: only a complete cache can be recoded; finish it with its extract command")
+    if codec.name == have.name:
+        raise InputError(f"{source.where}: its codec is {have.name} already")
+    if not have.lossless:
+        raise InputError(
+            f"{source.where}: its codec {have.name} has rounded the states; recode the cache that it was made from, "
+            "or extract again with --codec"
+        )
+    return codec
+
+
+def recoded_manifest(source: Manifest, codec: Codec) -> Manifest:
+    """Of the copy, before its shards are made; state extracting."""
+    files = {name: info for name, info in source.files.items() if name not in (INDEX_NAME, SHARDS_NAME)}
+    identity = {**source.identity, "codec": codec.to_dict()}
+    return source.extracting(identity, codec=codec.to_dict(), files=files, quarantined=[], measured=None)
+
+
+def _check_out(source: FeatureCache, out: Path, manifest: Manifest) -> None:
+    """Refuse an ``out`` that is not this recode's own."""
+    if out.resolve().is_relative_to(source.path.resolve()) or source.path.resolve().is_relative_to(out.resolve()):
+        raise InputError(f"{out}: choose an OUT beside the cache, not inside it or around it")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; name a new or empty folder")
+    if (out / MANIFEST_NAME).exists():
+        stored = Manifest.read(out)
+        require_same_identity(out, stored.identity, manifest.identity)
+        if stored.state == "preparing":
+            raise InputError(f"{out}: an extract command has begun it; finish it with that, or choose another OUT")
+    elif out.is_dir():
+        own = {name.split("/")[0] for name in manifest.files} | {"shards"}
+        strange = sorted(p.name for p in out.iterdir() if p.name not in own and not p.name.startswith("."))
+        if strange:
+            raise InputError(f"{out} is not empty and not a cache (it has {strange[0]!r}); name another folder")
+
+
+def begin(source: FeatureCache, out: Path, manifest: Manifest) -> None:
+    """Clear what a killed run left; copy samples/ and target/, then write the manifest, unless they are there."""
+    for folder in {out, out / "shards", *((out / name).parent for name in manifest.files)}:
+        make_folder(folder)
+        remove_temporaries(folder)
+    if (out / MANIFEST_NAME).exists():
+        return
+    for name, info in manifest.files.items():
+        if not (out / name).exists() or file_info(out / name) != info:
+            with open(source.folder.local(name), "rb") as file, committed(inside(out, name)) as copy:
+                shutil.copyfileobj(file, copy, _COPY_BYTES)
+        if file_info(out / name) != info:
+            raise CacheError(
+                f"{source.where}/{name}", "does not match its checksum; run `dflash-cache verify` on its cache"
+            )
+    manifest.write(out)
+
+
+def places_by_shard(source: FeatureCache) -> list[np.ndarray]:
+    """For each shard the places of its samples in the source's index, in the order of its rows."""
+    assert source.manifest.totals is not None
+    order = np.lexsort((source.index.row_start, source.index.shard))
+    bounds = np.searchsorted(source.index.shard[order], np.arange(source.manifest.totals.shards + 1))
+    return [order[low:high] for low, high in pairwise(bounds)]
+
+
+def _is_done(out: Path, schema: ShardSchema, number: int, sample_ids: np.ndarray) -> bool:
+    """Whether a shard is there.
+
+    Raises:
+        CacheError: it is damaged, or holds other samples.
+    """
+    path = inside(out, shard_name(number))
+    if not path.exists():
+        return False
+    with ShardFile(path, schema, number) as shard:
+        if not np.array_equal(shard.sample_ids, sample_ids):
+            raise CacheError(path, f"holds other samples than planned; run `dflash-cache repair {out}`, then go on")
+    return True
+
+
+def _require_space(out: Path, schema: ShardSchema, missing: list[np.ndarray]) -> None:
+    need = sum(schema.num_bytes(0, len(lengths), int(lengths.sum())) for lengths in missing)
+    free = shutil.disk_usage(out).free
+    if free < need:
+        raise InputError(
+            f"{out}: what is missing needs about {need / 1e9:,.1f} GB but the disk has {free / 1e9:,.1f} GB free. Free "
+            "some space and run the same command again, or choose an OUT on another disk"
+        )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size

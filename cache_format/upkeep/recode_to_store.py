@@ -1,0 +1,70 @@
+"""recode to a URL: shard by shard through a scratch folder, each file uploaded once it is made."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from cache_format.layout.manifest import require_same_identity
+from cache_format.layout.shard import shard_name
+from cache_format.reading.feature_cache import FeatureCache
+from cache_format.storage.files import make_folder
+from cache_format.storage.lease import leased
+from cache_format.storage.lock import writing
+from cache_format.storage.store import Store
+from cache_format.upkeep.recode import (
+    RecodeReport,
+    Worker,
+    begin,
+    chosen_codec,
+    make_shards,
+    places_by_shard,
+    recoded_manifest,
+    report,
+)
+from cache_format.writing.upload import Upload
+
+
+def recode_to_store(
+    source: FeatureCache,
+    url: str,
+    scratch: Path,
+    codec_name: str,
+    *,
+    threads: int,
+    progress: Callable[[int], None] = lambda n: None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> RecodeReport:
+    """:func:`cache_format.recode.recode` to the folder at ``url``; ``scratch`` holds no more than ``threads`` shards.
+
+    Raises:
+        DFlashCacheError: as there; what the store refuses too.
+    """
+    manifest = recoded_manifest(source.manifest, chosen_codec(source, codec_name))
+    upload = Upload(Store(url), scratch)
+    upload.refuse_foreign()
+    stored = upload.manifest()
+    if stored is not None:
+        require_same_identity(upload.store.url, stored.identity, manifest.identity)
+    make_folder(scratch)
+    with writing(scratch), leased(upload.store, tell) as allowed:
+        upload.require(allowed)
+        upload.pull()
+        if upload.manifest() is None:
+            begin(source, scratch, manifest)
+            upload.commit(manifest)
+        assert manifest.totals is not None
+        numbers = range(manifest.totals.shards)
+        before = [source.folder.size(shard_name(number)) or 0 for number in numbers]
+        missing = [number for number in numbers if number not in upload.shards]
+        progress(sum(before) - sum(before[number] for number in missing))
+        schema = manifest.schema()
+        worker = Worker(
+            source, places_by_shard(source), scratch, schema, lambda number: upload.commit_shard(schema, number)
+        )
+        make_shards(worker, missing, threads, lambda number: progress(before[number]))
+        there = upload.manifest()
+        sealed = there if there is not None and there.state == "complete" else upload.seal(manifest)
+    shutil.rmtree(scratch, ignore_errors=True)
+    return report(upload.store.url, sealed, len(missing), before, [upload.shards[number] for number in numbers])

@@ -1,0 +1,172 @@
+"""repair: set what is damaged aside, never delete it, and leave a cache that ``extract`` can finish.
+
+A damaged or foreign shard goes to quarantine/ and is made again by the cache's ``extract`` command, alone. Tables are
+rebuilt from the shards, here or when ``extract`` is done. Damaged samples or target files are set aside too and
+prepared again. A damaged manifest is set aside; the same ``extract`` command writes it anew and finds the shards.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from cache_format.errors import CacheError, StorageError
+from cache_format.layout.index import INDEX_NAME, SHARDS_NAME
+from cache_format.layout.manifest import MANIFEST_NAME, Manifest
+from cache_format.storage.files import inside, is_plain, make_folder, sync_folder
+from cache_format.storage.folder import Folder, StoreFolder, open_folder
+from cache_format.storage.lease import leased
+from cache_format.storage.lock import writing
+from cache_format.storage.store import Store, is_url
+from cache_format.upkeep.verify import Problem
+from cache_format.writing.seal import seal
+from cache_format.writing.upload import Upload
+
+QUARANTINE_NAME = "quarantine"
+_TABLES = frozenset({INDEX_NAME, SHARDS_NAME})
+LATER_IDENTITY = ("samples", "padding", "attn_implementation")
+"""Identity fields that are found out while the samples are prepared and the target is loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairPlan:
+    """What :func:`repair` will do."""
+
+    set_aside: list[str] = field(default_factory=list)
+    """files below the cache that go to quarantine/"""
+    state: str = ""
+    """of the manifest afterwards: complete (tables rebuilt), extracting, preparing; '' where there will be none"""
+
+    @property
+    def needs_extract(self) -> bool:
+        """Whether the cache's ``extract`` command has to be run afterwards."""
+        return self.state != "complete"
+
+
+def plan_repair(cache: Path | str, problems: Iterable[Problem]) -> RepairPlan:
+    """What mends ``problems``, as :func:`cache_format.integrity.verify` (not the quick one) found them."""
+    problems = list(problems)
+    named = {problem.file for problem in problems}
+    folder = open_folder(cache)
+    tables = [name for name in sorted(_TABLES) if _is_there(folder, name)]
+    try:
+        folder.local(MANIFEST_NAME)
+        manifest = Manifest.read(folder.path)
+    except CacheError:
+        return RepairPlan(set_aside=[*tables, MANIFEST_NAME])
+    lost_shards = any(problem.file.startswith("shards/") and problem.shard is not None for problem in problems)
+    unprepared = any(name.startswith(("samples", "target/")) for name in named)
+    state = manifest.state
+    if unprepared:
+        state = "preparing"
+    elif lost_shards and state == "complete":
+        state = "extracting"
+    aside = {name for name in named if name.startswith(("shards/", "samples/", "target/"))}
+    if "samples" in named:
+        aside |= {f"samples/{name}" for name in folder.names("samples") if name.endswith(".arrow")}
+    aside |= named.intersection(tables) if state == "complete" else set(tables)
+    return RepairPlan(set_aside=sorted({entry for name in aside if (entry := _own_entry(folder, name))}), state=state)
+
+
+def _is_there(folder: Folder, name: str) -> bool:
+    return name in folder.listing if isinstance(folder, StoreFolder) else os.path.lexists(folder.path / name)
+
+
+def _own_entry(folder: Folder, name: str) -> str | None:
+    """What of ``name`` may be moved: the file, or the first symbolic link on the way to it; never a file outside."""
+    if isinstance(folder, StoreFolder):
+        return name if is_plain(name) and _is_there(folder, name) else None
+    cache = folder.path
+    try:
+        inside(cache, name)
+    except CacheError:
+        parts = name.split("/")
+        ways = ["/".join(parts[:n]) for n in range(1, len(parts) + 1)]
+        return next((way for way in ways if (cache / way).is_symlink()), None) if is_plain(name) else None
+    return name if os.path.lexists(cache / name) else None
+
+
+def repair(cache: Path | str, plan: RepairPlan) -> None:
+    """Carry out ``plan``: move files to quarantine/, then write the manifest (and the tables, if all shards are there).
+
+    Killed at any instant, it can be run again: the manifest changes last.
+
+    Raises:
+        CacheError: quarantine/ leads out of the cache.
+        LockedError: the cache is being written.
+        StorageError: the operating system refused.
+    """
+    if isinstance(cache, str) and is_url(cache):
+        _repair_at(Store(cache), plan)
+        return
+    cache = Path(cache)
+    with writing(cache):
+        for name in plan.set_aside:
+            _set_aside(cache, name)
+        if not plan.state:
+            return
+        manifest = _manifest_afterwards(Manifest.read(cache), plan)
+        if plan.state == "complete":
+            seal(cache, manifest)
+        else:
+            manifest.write(cache)
+
+
+def _repair_at(store: Store, plan: RepairPlan) -> None:
+    """:func:`repair` at a URL: files are copied to quarantine/, then removed."""
+    with leased(store), tempfile.TemporaryDirectory(prefix="dflash-cache-") as scratch:
+        there = set(store.list())
+        for name in plan.set_aside:
+            aside = f"{QUARANTINE_NAME}/{name.replace('/', '--')}"
+            tries = (f"{aside}.{n}" if n else aside for n in count())
+            aside = next(free for free in tries if free not in there)
+            if name in there:
+                store.move(name, aside)
+        if not plan.state:
+            return
+        upload = Upload(store, Path(scratch))
+        manifest = upload.manifest()
+        if manifest is None:
+            raise CacheError(store.url, f"has lost its {MANIFEST_NAME}; run the extract command again")
+        manifest = _manifest_afterwards(manifest, plan)
+        if plan.state == "complete":
+            upload.seal(manifest)
+        else:
+            store.put(MANIFEST_NAME, manifest.to_bytes())
+
+
+def _manifest_afterwards(manifest: Manifest, plan: RepairPlan) -> Manifest:
+    """Without the tables; of state extracting before it is sealed."""
+    files = {name: info for name, info in manifest.files.items() if name not in _TABLES}
+    if plan.state == "complete":
+        return replace(manifest, files=files)
+    if plan.state == "extracting":
+        return replace(manifest, state="extracting", files=files, quarantined=[], measured=None)
+    identity = {name: value for name, value in manifest.identity.items() if name not in LATER_IDENTITY}
+    nothing: dict[str, Any] = {
+        "fingerprint": "",
+        "data": None,
+        "totals": None,
+        "quarantined": [],
+        "measured": None,
+        "files": {},
+    }
+    return replace(manifest, state="preparing", identity=identity, **nothing)
+
+
+def _set_aside(cache: Path, name: str) -> None:
+    aside = inside(cache, f"{QUARANTINE_NAME}/{name.replace('/', '--')}")
+    make_folder(aside.parent)
+    tries = (aside.with_name(f"{aside.name}.{n}" if n else aside.name) for n in count())
+    aside = next(path for path in tries if not os.path.lexists(path))
+    try:
+        os.rename(cache / name, aside)
+        sync_folder(aside.parent)
+        sync_folder((cache / name).parent)
+    except OSError as error:
+        raise StorageError(cache / name, f"move to {QUARANTINE_NAME}/", error) from error

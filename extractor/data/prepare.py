@@ -1,0 +1,339 @@
+"""Rows -> tokenised samples -> ``samples/``: filtered, counted, and committed part by part, in several processes.
+
+A part comes from ``ROWS_PER_PART`` consecutive rows and depends on them alone: finished parts are kept by a restart,
+and any number of processes writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from transformers import AutoTokenizer
+
+from cache_format.errors import CacheError, DFlashCacheError, InputError
+from cache_format.layout.samples import PartInfo, Sample, part_path, read_part, write_part
+from cache_format.storage.files import make_folder
+from extractor.data.conversation import COLUMNS, conversation_of, detect_format, ids_of, text_of
+from extractor.data.dataset import BadRow, RawRow, Rows, RowSource, parse_row
+from extractor.data.loss_mask import ConversationTokenizer
+
+ROWS_PER_PART = 4096
+ROWS_WORTH_A_PROCESS = 4 * ROWS_PER_PART
+"""A process takes seconds to start (imports, tokenizer); fewer rows are done sooner without it."""
+
+Ids = tuple[np.ndarray, np.ndarray]
+"""input_ids int32 ``[T]``, loss_mask uint8 ``[T]``"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """How rows become samples."""
+
+    max_length: int = 4096
+    """tokens"""
+    too_long: str = "truncate"
+    """truncate to the first max_length tokens, or drop"""
+    min_loss_tokens: int = 1
+    """samples with fewer learned tokens (after truncation) are dropped"""
+    loss_on: str | None = None
+    """assistant, all or column; None: column for input_ids rows, else assistant"""
+    row_format: str | None = None
+    """None: told from the columns"""
+    on_bad_row: str = "fail"
+    """fail, or skip: count it as dropped"""
+    limit: int | None = None
+    """only the first rows of the dataset; given to the source"""
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[str | None, ...]] = {
+            "too_long": ("truncate", "drop"),
+            "loss_on": (None, "assistant", "all", "column"),
+            "row_format": (None, *COLUMNS),
+            "on_bad_row": ("fail", "skip"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                named = ", ".join(c for c in allowed if c)
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: choose one of {named}")
+        for name, least in (("max_length", 1), ("min_loss_tokens", 0), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
+def prepare_rows(rows: Rows, tokenizer: Any, options: PrepareOptions) -> tuple[list[Sample], Counter[str]]:
+    """Samples of ``rows`` in their order, and how many rows were dropped for which reason.
+
+    The reasons are ``empty``, ``too_long``, ``too_few_loss_tokens`` and ``bad_row``. Every row gives a sample or
+    counts as dropped. Deterministic.
+
+    Raises:
+        InputError: options, columns and tokenizer do not fit, or (``on_bad_row="fail"``) a bad row, by file and row.
+    """
+    encode = _encoder(tokenizer, options, rows.columns)
+    samples: list[Sample] = []
+    dropped: Counter[str] = Counter()
+    for number, raw in enumerate(rows.raw, rows.first):
+        try:
+            ids, mask = encode(raw)
+        except BadRow as problem:
+            if options.on_bad_row == "fail":
+                raise InputError(
+                    f"{rows.where(number)}: {problem}. Mend the row, or leave such rows out with --on-bad-row skip"
+                ) from problem
+            dropped["bad_row"] += 1
+            continue
+        reason = _reason_to_drop(ids, mask, options)
+        if reason:
+            dropped[reason] += 1
+            continue
+        samples.append(Sample(ids[: options.max_length], mask[: options.max_length], number))
+    return samples, dropped
+
+
+def _reason_to_drop(ids: np.ndarray, mask: np.ndarray, options: PrepareOptions) -> str | None:
+    if not len(ids):
+        return "empty"
+    if len(ids) > options.max_length and options.too_long == "drop":
+        return "too_long"
+    learned = int(mask[: options.max_length].sum())
+    return "too_few_loss_tokens" if learned < options.min_loss_tokens else None
+
+
+@lru_cache(maxsize=1)
+def _encoder(tokenizer: Any, options: PrepareOptions, columns: tuple[str, ...]) -> Callable[[RawRow], Ids]:
+    """The function from a raw row to its ids and mask; kept for the next rows with the same arguments."""
+    row_format = detect_format(columns, options.row_format)
+    loss_on = _loss_on(row_format, options.loss_on, columns)
+    if row_format == "input_ids":
+        return _parsed(lambda row: ids_of(row, len(tokenizer), loss_on))
+    if row_format == "text":
+        return _parsed(lambda row: _all_learned(_token_ids(tokenizer, text_of(row, "text"))))
+    if row_format == "prompt-response" and not tokenizer.chat_template:
+        if tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has neither a chat template nor an eos token to end a response with")
+        return _parsed(lambda row: _prompt_response(tokenizer, row, loss_on))
+    to_ids = ConversationTokenizer(tokenizer, assistant_only=loss_on == "assistant")
+    return _parsed(lambda row: to_ids(conversation_of(row, row_format)))
+
+
+def _parsed(encode: Callable[[dict[str, Any]], Ids]) -> Callable[[RawRow], Ids]:
+    def encode_raw(raw: RawRow) -> Ids:
+        row = parse_row(raw)
+        return encode(row) if row is not None else (np.empty(0, np.int32), np.empty(0, np.uint8))
+
+    return encode_raw
+
+
+def _loss_on(row_format: str, loss_on: str | None, columns: tuple[str, ...]) -> str:
+    """What is learned of rows of this format.
+
+    Raises:
+        InputError: the format does not have what ``loss_on`` asks for.
+    """
+    if row_format == "input_ids":
+        chosen = loss_on or "column"
+        if chosen == "assistant":
+            raise InputError("--loss-on assistant: rows of input_ids do not say which tokens are the assistant's")
+        if chosen == "column" and not {"loss_mask", "labels"} & set(columns):
+            raise InputError(
+                f"rows of input_ids need a column loss_mask or labels, or --loss-on all; found: {', '.join(columns)}"
+            )
+        return chosen
+    if loss_on == "column":
+        raise InputError(f"--loss-on column is for rows of input_ids, not for {row_format} rows")
+    if row_format == "text" and loss_on != "all":
+        raise InputError("rows of text do not say which tokens are the assistant's: use --loss-on all")
+    return loss_on or "assistant"
+
+
+def _token_ids(tokenizer: Any, text: str, *, special: bool = True) -> np.ndarray:
+    return np.asarray(tokenizer(text, add_special_tokens=special)["input_ids"], np.int32)
+
+
+def _all_learned(ids: np.ndarray) -> Ids:
+    return ids, np.ones(len(ids), np.uint8)
+
+
+def _prompt_response(tokenizer: Any, row: dict[str, Any], loss_on: str) -> Ids:
+    """Prompt, response and eos one after the other, for a tokenizer without chat template."""
+    prompt = _token_ids(tokenizer, text_of(row, "prompt"))
+    response = _token_ids(tokenizer, text_of(row, "response"), special=False)
+    ids = np.concatenate([prompt, response, [tokenizer.eos_token_id]]).astype(np.int32)
+    mask = np.ones(len(ids), np.uint8)
+    if loss_on == "assistant":
+        mask[: len(prompt)] = 0
+    return ids, mask
+
+
+def prepare(
+    source: RowSource,
+    tokenizer: Any,
+    options: PrepareOptions,
+    folder: Path,
+    *,
+    progress: Callable[[int, int | None, int], None] | None = None,
+    num_workers: int | None = None,
+) -> int:
+    """Write the prepared samples of ``source`` into ``folder``, keeping whole parts that are there already.
+
+    The caller holds the cache's lock and knows that ``folder`` belongs to the same data, tokenizer and options.
+
+    Args:
+        source: rows; its limit is the one that counts.
+        tokenizer: a transformers tokenizer, or a folder with one.
+        options: as above.
+        folder: created if missing.
+        progress: called with (rows done, rows in all or None, samples kept) after every part.
+        num_workers: processes; None: as many as there are cores, one for small data. Never changes a byte.
+
+    Returns:
+        Number of parts.
+
+    Raises:
+        InputError: as :func:`prepare_rows`.
+        StorageError: a part cannot be written.
+    """
+    if isinstance(tokenizer, str | Path):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    _encoder(tokenizer, options, source.columns)
+    make_folder(folder)
+    kept = _finished_parts(folder, source.num_rows)
+    rows_done, samples_kept = sum(rows for rows, _ in kept.values()), sum(samples for _, samples in kept.values())
+    if progress:
+        progress(rows_done, source.num_rows, samples_kept)
+    parts = len(kept)
+    with closing(_written_parts(source, tokenizer, options, folder, kept.keys(), num_workers)) as written:
+        for rows, samples in written:
+            parts, rows_done, samples_kept = parts + 1, rows_done + rows, samples_kept + samples
+            if progress:
+                progress(rows_done, source.num_rows, samples_kept)
+    _remove_parts_from(folder, parts)
+    return parts
+
+
+def _finished_parts(folder: Path, num_rows: int | None) -> dict[int, tuple[int, int]]:
+    """Part number -> (rows, samples) of the whole parts in ``folder``.
+
+    A shorter last part counts only where the number of rows is known.
+    """
+    finished = {}
+    for path in folder.glob("samples-*.arrow"):
+        number = path.stem.removeprefix("samples-")
+        if not number.isdigit() or path != part_path(folder, int(number)):
+            continue
+        first = int(number) * ROWS_PER_PART
+        with suppress(CacheError):
+            batch, info = read_part(path)
+            stop = first + ROWS_PER_PART if num_rows is None else min(first + ROWS_PER_PART, num_rows)
+            if (info.first_row, info.stop_row) == (first, stop) and first < stop and _digests_match(batch):
+                finished[int(number)] = (stop - first, batch.num_rows)
+    return finished
+
+
+def _digests_match(batch: pa.RecordBatch) -> bool:
+    ids, masks, digests = (batch.column(name) for name in ("input_ids", "loss_mask", "digest"))
+    samples = (Sample(i.values.to_numpy(), m.values.to_numpy(), 0) for i, m in zip(ids, masks, strict=True))
+    return [sample.digest() for sample in samples] == digests.to_pylist()
+
+
+def _remove_parts_from(folder: Path, number: int) -> None:
+    for path in folder.glob("samples-*.arrow"):
+        if path.name >= part_path(folder, number).name:
+            path.unlink()
+
+
+def _write_rows(rows: Rows, tokenizer: Any, options: PrepareOptions, path: Path) -> tuple[int, int]:
+    """Write one part; (rows, samples) of it."""
+    samples, dropped = prepare_rows(rows, tokenizer, options)
+    write_part(path, samples, PartInfo(rows.first, rows.first + len(rows), dropped))
+    return len(rows), len(samples)
+
+
+def _written_parts(
+    source: RowSource,
+    tokenizer: Any,
+    options: PrepareOptions,
+    folder: Path,
+    skip: Collection[int],
+    num_workers: int | None,
+) -> Generator[tuple[int, int], None, None]:
+    """Write the missing parts in order, in this process or in others; (rows, samples) of each."""
+    chunks = ((part_path(folder, number), rows) for number, rows in source.chunks(ROWS_PER_PART, skip))
+    missing = None if source.num_rows is None else source.num_rows - len(skip) * ROWS_PER_PART
+    workers = _default_workers(missing) if num_workers is None else num_workers
+    if workers <= 1:
+        for path, rows in chunks:
+            yield _write_rows(rows, tokenizer, options, path)
+        return
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(tokenizer, options)
+    )
+    pending: deque[Future[tuple[int, int]]] = deque()
+    try:
+        for path, rows in chunks:
+            if len(pending) > workers:
+                yield pending.popleft().result()
+            with _interrupts_held():
+                pending.append(pool.submit(_work, rows, path))
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise DFlashCacheError(
+            "a preparing process ended unexpectedly (out of memory?); run the same command again, "
+            "finished parts are kept"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes started meanwhile never see Ctrl-C (the mask is inherited): the main process alone acts on it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _default_workers(rows: int | None) -> int:
+    cores = len(os.sched_getaffinity(0))
+    return cores if rows is None else max(1, min(cores, rows // ROWS_WORTH_A_PROCESS))
+
+
+# -- in a worker process ----------------------------------------------------------------------------------------------
+
+_worker: tuple[Any, PrepareOptions]
+
+
+def _start_worker(tokenizer: Any, options: PrepareOptions) -> None:
+    """Keep what every part needs, and end with the main process even where that is killed."""
+    global _worker
+    _worker = tokenizer, options
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(rows: Rows, path: Path) -> tuple[int, int]:
+    return _write_rows(rows, *_worker, path)

@@ -1,0 +1,181 @@
+"""estimate: bytes, shards and tokens of a cache, from the data and the target's config; no weights are loaded."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from cache_format.codecs import CODECS, BlockCodec, States, codec_named
+from cache_format.codecs.dtypes import torch_dtype
+from cache_format.errors import InputError
+from cache_format.layout.shard import ShardSchema
+from extractor.config import ExtractOptions
+from extractor.data.dataset import open_source
+from extractor.data.prepare import prepare_rows
+from extractor.job.plan import DEFAULT_BATCH_TOKENS, Plan
+from extractor.target.load_target import TargetShape, load_config, load_tokenizer, resolve_device, resolve_dtype
+from extractor.terminal.progress import Reporter, size
+
+MAX_ROWS = 10_000
+"""Rows tokenised at most; more are estimated from this many, spread evenly."""
+
+ROWS_AT_ONCE = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a cache will hold. Exact where ``rows_read`` is all rows; else means over the rows read, scaled up."""
+
+    rows: int | None
+    """rows of the dataset; None where it is streamed and its length unknown"""
+    rows_read: int
+    samples: int
+    tokens: int
+    loss_tokens: int
+    dropped: dict[str, int]
+    """reason -> rows, among those read"""
+    relative_error: float
+    """95 % of the time the true number of tokens is within this fraction; 0 where exact"""
+    target_layer_ids: list[int]
+    token_bytes: int
+    capture_bytes: int
+    """of these, for --capture"""
+    shards: int
+    codec: str
+    shard_bytes: int
+    """with that codec"""
+    codec_bytes: dict[str, int]
+    """with each codec; zbits depends on the states, so this is what bfloat16 ones usually take"""
+    padding: float
+    """share of computed tokens that is padding"""
+    free_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the shards fit on the disk as it is now."""
+        return self.shard_bytes <= self.free_bytes
+
+
+def estimate(options: ExtractOptions) -> Estimate:
+    """Tokenise up to 10,000 rows and work out what ``extract`` with the same options would write.
+
+    Raises:
+        InputError: bad data, target or options, as for ``extract``.
+    """
+    target = options.target
+    config = load_config(target.name, target.revision, target.trust_remote_code)
+    shape = TargetShape.from_config(config)
+    layer_ids = target.layer_ids(shape.num_hidden_layers)
+    dtype = resolve_dtype(target.dtype, resolve_device(target.device))
+    tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
+    source = open_source(options.data, options.prepare.limit)
+
+    lengths: list[int] = []
+    per_row: list[int] = []
+    dropped: dict[str, int] = {}
+    loss_tokens = read = 0
+    spans = _spans(source.num_rows)
+    with Reporter("estimate", sum(stop - start for start, stop in spans), "rows") as reporter:
+        for start, stop in spans:
+            samples, why = prepare_rows(source.read(start, stop), tokenizer, options.prepare)
+            lengths += [len(sample.input_ids) for sample in samples]
+            loss_tokens += sum(int(sample.loss_mask.sum()) for sample in samples)
+            for reason, count in why.items():
+                dropped[reason] = dropped.get(reason, 0) + count
+            count = len(samples) + sum(why.values())
+            read += count
+            per_row += [len(sample.input_ids) for sample in samples] + [0] * sum(why.values())
+            reporter.update(read)
+            if count < stop - start:
+                break
+    if not lengths:
+        raise InputError(f"{source.name}: none of the {read:,} rows read gives a sample; dropped: {dropped}")
+    rows = source.num_rows if source.num_rows is not None else (read if read < MAX_ROWS else None)
+    scale = 1.0 if rows is None else rows / read
+    schema = ShardSchema(
+        fingerprint="0" * 64,
+        codec=codec_named(options.codec),
+        states=States(torch_dtype(dtype), len(layer_ids), shape.hidden_size),
+        captures=options.capture.tensors(torch_dtype(dtype), shape.hidden_size),
+    )
+    # Which samples share a batch does not change the sizes.
+    plan_options = replace(options.plan, batch_tokens=options.plan.batch_tokens or DEFAULT_BATCH_TOKENS)
+    plan = Plan(np.resize(np.asarray(lengths), round(len(lengths) * scale)), schema.raw.token_bytes, plan_options)
+    codec_bytes = {name: int(plan.shard_bytes(replace(schema, codec=codec_named(name))).sum()) for name in CODECS}
+    exact = rows is not None and read >= rows
+    return Estimate(
+        rows=rows,
+        rows_read=read,
+        samples=round(len(lengths) * scale),
+        tokens=round(sum(lengths) * scale),
+        loss_tokens=round(loss_tokens * scale),
+        dropped=dropped,
+        relative_error=0.0 if exact else float(1.96 * np.std(per_row) / math.sqrt(read) / np.mean(per_row)),
+        target_layer_ids=layer_ids,
+        token_bytes=codec_bytes[options.codec] // max(round(sum(lengths) * scale), 1),
+        capture_bytes=sum(tensor.row_bytes for tensor in schema.captures),
+        shards=len(plan),
+        codec=options.codec,
+        shard_bytes=codec_bytes[options.codec],
+        codec_bytes=codec_bytes,
+        padding=_padding(plan),
+        free_bytes=shutil.disk_usage(_existing(options.out)).free,
+    )
+
+
+def describe(result: Estimate) -> str:
+    """``result`` for a person."""
+    about = "" if result.relative_error == 0 else f" (+- {100 * result.relative_error:.1f} %, 95 % of the time)"
+    rows = f"{result.rows:,}" if result.rows is not None else "unknown (streamed)"
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(result.dropped.items()) if count)
+    captures = f", {result.capture_bytes:,} B of them for --capture" if result.capture_bytes else ""
+    lines = [
+        ("rows", f"{rows}; {result.rows_read:,} read, dropped of these: {dropped or 'none'}"),
+        ("target_layer_ids", ", ".join(map(str, result.target_layer_ids))),
+        ("samples", f"{result.samples:,}"),
+        ("tokens", f"{result.tokens:,}{about}; {result.loss_tokens:,} learned"),
+        ("shards", f"{result.shards:,}"),
+        (
+            "size of shards",
+            f"{size(result.shard_bytes)} with codec {result.codec} ({result.token_bytes:,} B a token{captures})",
+        ),
+        ("by codec", ", ".join(f"{name} {_about(name)}{size(value)}" for name, value in result.codec_bytes.items())),
+        ("padding", f"{100 * result.padding:.1f} % of the tokens computed; none of it is stored"),
+        ("free on the disk", size(result.free_bytes)),
+    ]
+    if result.rows is None:
+        lines.append(
+            ("note", f"the length of a stream is unknown: these are the figures of its first {result.rows_read:,} rows")
+        )
+    if not result.fits:
+        lines.append(("WARNING", f"too big for the disk by {size(result.shard_bytes - result.free_bytes)}"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _about(codec: str) -> str:
+    return "about " if issubclass(CODECS[codec], BlockCodec) else ""
+
+
+def _spans(num_rows: int | None) -> list[tuple[int, int]]:
+    """Runs of rows to read: all of them, or runs spread evenly, or the first ones of a stream."""
+    wanted = MAX_ROWS if num_rows is None else min(MAX_ROWS, num_rows)
+    count = math.ceil(wanted / ROWS_AT_ONCE)
+    if num_rows is None or num_rows <= MAX_ROWS:
+        return [(i * ROWS_AT_ONCE, min((i + 1) * ROWS_AT_ONCE, wanted)) for i in range(count)]
+    return [(at, at + ROWS_AT_ONCE) for at in np.linspace(0, num_rows - ROWS_AT_ONCE, count).astype(int).tolist()]
+
+
+def _padding(plan: Plan) -> float:
+    shards = [plan.shard(number) for number in np.unique(np.linspace(0, len(plan) - 1, 200).astype(int)).tolist()]
+    return 1 - sum(shard.tokens for shard in shards) / sum(shard.padded_tokens for shard in shards)
+
+
+def _existing(path: Path) -> Path:
+    """``path`` or its nearest parent that exists."""
+    path = path.absolute()
+    return path if path.exists() else _existing(path.parent)

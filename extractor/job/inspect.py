@@ -1,0 +1,82 @@
+"""inspect: what a cache holds, from its manifest alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cache_format.errors import InputError
+from cache_format.layout.manifest import MANIFEST_NAME, Manifest
+from cache_format.layout.shard import finished_shards, shard_name
+from cache_format.storage.folder import open_folder
+from extractor.terminal.progress import size
+
+
+def summarise(cache: Path | str) -> dict[str, Any]:
+    """The manifest, and sizes worked out from it.
+
+    Raises:
+        InputError: ``cache`` is not a feature cache.
+        CacheError: its manifest is damaged.
+    """
+    folder = open_folder(cache)
+    if not folder.has(MANIFEST_NAME):
+        raise InputError(f"{cache}: is not a feature cache: there is no {MANIFEST_NAME}")
+    folder.local(MANIFEST_NAME)
+    manifest = Manifest.read(folder.path)
+    summary = {"cache": str(cache), **asdict(manifest)}
+    del summary["files"]
+    if manifest.totals is not None:
+        finished = [shard_name(number) for number in finished_shards(folder.names("shards"))]
+        sizes = [found for name in finished if (found := folder.size(name)) is not None]
+        summary |= {
+            "finished_shards": len(sizes),
+            "shard_bytes": sum(sizes),
+        }
+    return summary
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """``summarise`` for a person."""
+    target, data, totals = summary["target"], summary["data"], summary["totals"]
+    lines = [
+        ("cache", summary["cache"]),
+        ("state", summary["state"]),
+        ("fingerprint", summary["fingerprint"] or "not yet known"),
+        ("target", f"{target['name']} ({target['model_type']}, {target['num_hidden_layers']} layers)"),
+        ("target_layer_ids", ", ".join(map(str, summary["target_layer_ids"]))),
+        ("hidden_states", f"{len(summary['target_layer_ids'])} x {target['hidden_size']}, {summary['dtype']}"),
+        ("codec", summary["codec"]["name"]),
+        ("capture", ", ".join(f"{name} {value}" for name, value in summary["capture"].items() if value) or "none"),
+    ]
+    if totals:
+        stored = totals["samples"] - len(summary["quarantined"])
+        dropped = ", ".join(f"{count:,} {reason}" for reason, count in data["dropped"].items() if count)
+        lines += [
+            ("data", f"{data['name']}, {data['rows']:,} rows"),
+            ("dropped rows", dropped or "none"),
+            ("samples", f"{stored:,}"),
+            ("tokens", f"{totals['tokens']:,} ({totals['loss_tokens']:,} learned)"),
+            ("shards", f"{summary['finished_shards']:,} of {totals['shards']:,}"),
+            ("size of shards", f"{size(summary['shard_bytes'])}{_a_token(summary)}"),
+        ]
+    if measured := summary["measured"]:
+        lines.append(("states", f"{100 * measured['ratio']:.1f} % of their bytes before the codec"))
+        if measured["snr_db"]:
+            by_layer = zip(summary["target_layer_ids"], measured["snr_db"], strict=True)
+            lines.append(("SNR", ", ".join(f"layer {layer}: {snr:.1f} dB" for layer, snr in by_layer)))
+    if summary["quarantined"]:
+        lines.append(("quarantined", f"sample_id {', '.join(map(str, summary['quarantined']))}"))
+    options = {k: v for k, v in summary["identity"].items() if not isinstance(v, dict | list)}
+    lines += [(name, "default" if value is None else value) for name, value in options.items()]
+    lines += [(f"made with {name}", version) for name, version in summary["created_with"].items()]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _a_token(summary: dict[str, Any]) -> str:
+    """Bytes a token, once all shards are there."""
+    if summary["measured"] is None or not summary["totals"]["tokens"]:
+        return ""
+    return f" ({summary['shard_bytes'] / summary['totals']['tokens']:,.0f} B a token)"

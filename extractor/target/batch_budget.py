@@ -1,0 +1,72 @@
+"""``--batch-tokens auto``: the largest forward pass that fits the device, found by trying before anything is planned.
+
+Which samples share a batch can change the rounding of their states, so the plan's batches are part of the fingerprint
+and are fixed before the first shard: the number found here is written into the manifest, and a resume takes it from
+there, on whatever device. A batch is never made smaller later. Where one does not fit after all, memory that the
+allocator holds is given back and the same batch is tried again; if that fails the run ends, and finished shards stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from extractor.job.plan import DEFAULT_BATCH_TOKENS
+from extractor.target.forward import HiddenStateExtractor, row_memory
+
+MOST_BATCH_TOKENS = 131_072
+"""Larger passes are no faster: matrices of this many rows keep any device busy."""
+
+USABLE_SHARE = 0.85
+"""Of the device's memory: other shapes of the same size need a little more or less."""
+
+
+def largest_fitting(fits: Callable[[int], bool], most: int) -> int:
+    """The largest of 8192, 16384, ... up to ``most`` that ``fits``, all smaller ones fitting too; else 8192 halved
+    until it fits, 256 at the least.
+    """
+    tokens = DEFAULT_BATCH_TOKENS
+    while tokens > 256 and not fits(tokens):
+        tokens //= 2
+    if tokens == DEFAULT_BATCH_TOKENS:
+        while tokens * 2 <= min(most, MOST_BATCH_TOKENS) and fits(tokens * 2):
+            tokens *= 2
+    return tokens
+
+
+def find_batch_tokens(extractor: HiddenStateExtractor, device: torch.device, longest: int, total: int) -> int:
+    """Tokens of a batch for a target on ``device``; 8192 on the CPU, where memory is not what limits it.
+
+    Args:
+        longest: tokens of the longest sample.
+        total: tokens of all samples.
+    """
+    if device.type != "cuda":
+        return DEFAULT_BATCH_TOKENS
+
+    def fits(tokens: int) -> bool:
+        rows = max(1, tokens // longest)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            run_once(extractor, rows, longest, device)
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            torch.cuda.synchronize(device)
+        _, whole = torch.cuda.mem_get_info(device)
+        return torch.cuda.max_memory_reserved(device) <= USABLE_SHARE * whole
+
+    found = largest_fitting(fits, total)
+    torch.cuda.empty_cache()
+    return found
+
+
+def run_once(extractor: HiddenStateExtractor, rows: int, longest: int, device: torch.device) -> None:
+    """One pass over ``rows`` rows of ``longest`` tokens with all that a run needs beside it, captures included."""
+    # Two memories: one is copied to the host while the other is filled.
+    (out, extra), _other = (row_memory(extractor, rows * longest, device) for _ in range(2))
+    input_ids = torch.zeros(rows, longest, dtype=torch.int64, device=device)
+    extractor.forward(input_ids, [longest] * rows, out, extra)
+    extractor.nonfinite(out, [longest] * rows, extra)

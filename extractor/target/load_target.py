@@ -1,0 +1,240 @@
+"""The target from a folder or the hub: configuration, tokenizer, weights, and the digests that identify them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+from torch import nn
+
+from cache_format.errors import InputError
+from cache_format.storage.file_info import file_info
+
+if TYPE_CHECKING:
+    from extractor.config import TargetOptions
+
+CPU = torch.device("cpu")
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+
+_VOLATILE_CONFIG = (
+    "_name_or_path",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "_attn_implementation",
+    "use_cache",
+)
+"""Fields of a config that say where it came from or how it is run; dtype and attention are compared on their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetShape:
+    """Sizes of a target, from its configuration alone."""
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    tie_word_embeddings: bool
+
+    def embedding_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the input embedding and, unless tied, the LM head."""
+        return (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size * dtype.itemsize
+
+    @staticmethod
+    def from_config(config: Any) -> TargetShape:
+        """Sizes of the text decoder, also where it is part of a multimodal model.
+
+        Raises:
+            InputError: the configuration does not name them.
+        """
+        text = config.get_text_config()
+        try:
+            return TargetShape(
+                model_type=config.model_type,
+                hidden_size=text.hidden_size,
+                num_hidden_layers=text.num_hidden_layers,
+                vocab_size=text.vocab_size,
+                tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", text.tie_word_embeddings)),
+            )
+        except AttributeError as error:
+            raise InputError(
+                f"--target: a {config.model_type} model is not a decoder language model: {error}"
+            ) from None
+
+
+def load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The target's configuration.
+
+    Raises:
+        InputError: no such target, or one that transformers cannot load; says what to do.
+    """
+    from transformers import AutoConfig
+
+    return _loaded(AutoConfig.from_pretrained, name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    """The target's tokenizer.
+
+    Raises:
+        InputError: the target has none that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    return _loaded(AutoTokenizer.from_pretrained, name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def load_target(
+    name: str,
+    *,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+    device_map: str | None = None,
+    tp_size: int | None = None,
+) -> nn.Module:
+    """The target with its weights, frozen, in eval mode, on ``device`` or divided as ``device_map`` says.
+
+    With ``tp_size`` it is divided over as many processes (tensor parallelism), which all call this together.
+
+    Raises:
+        InputError: it cannot be loaded so; says why.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    if device_map:
+        options["device_map"] = device_map
+    if tp_size:
+        options["distributed_config"] = _tensor_parallel(tp_size)
+    config = load_config(name, revision, trust_remote_code)
+    known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
+        config, "auto_map", {}
+    )
+    kind = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    model: nn.Module = _loaded(kind.from_pretrained, name, **options)
+    try:
+        return (model if device_map or tp_size else model.to(device)).eval().requires_grad_(False)
+    except torch.OutOfMemoryError:
+        raise InputError(f"--target {name}: its weights do not fit on {device}; choose a larger --device") from None
+
+
+def load_wanted(target: TargetOptions, dtype: torch.dtype, device: torch.device, tp_size: int | None) -> nn.Module:
+    """:func:`load_target` as the options of an extraction say."""
+    return load_target(
+        target.name,
+        revision=target.revision,
+        dtype=dtype,
+        device=device,
+        attn_implementation=target.attn_implementation,
+        trust_remote_code=target.trust_remote_code,
+        device_map=target.device_map,
+        tp_size=tp_size,
+    )
+
+
+def _tensor_parallel(tp_size: int) -> Any:
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return DistributedConfig(tp_size=tp_size)
+    except (ImportError, TypeError):
+        raise InputError("--tp-plan needs transformers 5.17 or newer; pip install -U transformers") from None
+
+
+def target_identity(name: str, revision: str | None, config: Any) -> dict[str, str]:
+    """``config``: digest of the configuration; ``weights``: the hub's commit, or a digest of the local weight files.
+
+    Raises:
+        InputError: a local folder without weights.
+    """
+    fields = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE_CONFIG}
+    text = json.dumps(fields, sort_keys=True, default=str)
+    return {"config": xxhash.xxh3_128(text.encode()).hexdigest(), "weights": _weights_identity(name, revision, config)}
+
+
+def _weights_identity(name: str, revision: str | None, config: Any) -> str:
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"commit {getattr(config, '_commit_hash', None) or revision or 'unknown'}"
+    files = sorted({path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern)})
+    if not files:
+        raise InputError(f"--target {name}: the folder has no weights ({', '.join(WEIGHT_PATTERNS)})")
+    with ThreadPoolExecutor(4) as pool:
+        infos = list(pool.map(file_info, files))
+    lines = [f"{path.name} {info.bytes} {info.checksum}" for path, info in zip(files, infos, strict=True)]
+    return xxhash.xxh3_128("\n".join(lines).encode()).hexdigest()
+
+
+def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
+    """``tokenizer``: digest of its vocabulary, merges and special tokens; ``chat_template``: digest of the template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    return {
+        "tokenizer": xxhash.xxh3_128(f"{vocabulary}\n{special}".encode()).hexdigest(),
+        "chat_template": xxhash.xxh3_128(template.encode()).hexdigest(),
+    }
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """``auto`` (CUDA where there is one: the ``local_rank``-th device), ``cpu``, ``cuda`` or ``cuda:1``.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda", local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else CPU
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> str:
+    """``auto`` is bfloat16 on CUDA and float32 on the CPU.
+
+    Raises:
+        InputError: not a dtype that can be stored.
+    """
+    known = ("float32", "bfloat16", "float16")
+    if name == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    if name not in known:
+        raise InputError(f"--dtype {name!r} is not one of auto, {', '.join(known)}")
+    return name
+
+
+def _loaded(load: Any, name: str, **options: Any) -> Any:
+    """Call a ``from_pretrained``; what it raises on bad input becomes one line that says what to do."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        return load(name, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it comes with code of its own; pass --trust-remote-code to run that"
+        elif not Path(name).exists() and not Path(name).is_absolute() and name.count("/") <= 1:
+            reason = f"neither a folder here nor a target that the hub could give ({reason})"
+        elif not Path(name).exists():
+            reason = "no such folder"
+        raise InputError(f"--target {name}: {reason}") from error
