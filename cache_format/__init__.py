@@ -4,10 +4,18 @@ from cache_format import FeatureCache
 batch = FeatureCache.open("/data/cache").batch([0, 1])
 """
 
-from cache_format.batch import DFlashTargetBatch, collate
-from cache_format.errors import CacheError, DFlashCacheError, InputError, MismatchError, StorageError
-from cache_format.layout.manifest import Manifest
-from cache_format.reading.feature_cache import FeatureCache
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cache_format.batch import DFlashTargetBatch, collate
+    from cache_format.errors import CacheError, DFlashCacheError, InputError, MismatchError, StorageError
+    from cache_format.layout.manifest import Manifest
+    from cache_format.reading.feature_cache import FeatureCache
+
+__version__ = "0.2.0"
 
 __all__ = [
     "CacheError",
@@ -20,3 +28,23 @@ __all__ = [
     "StorageError",
     "collate",
 ]
+
+_ERRORS = ("CacheError", "DFlashCacheError", "InputError", "MismatchError", "StorageError")
+_HOMES = {
+    **dict.fromkeys(_ERRORS, "cache_format.errors"),
+    "DFlashTargetBatch": "cache_format.batch",
+    "collate": "cache_format.batch",
+    "FeatureCache": "cache_format.reading.feature_cache",
+    "Manifest": "cache_format.layout.manifest",
+}
+"""Public name -> its module, imported when the name is first used: what needs no torch does not wait for it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

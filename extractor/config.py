@@ -1,4 +1,7 @@
-"""The options of an extraction: frozen, validated once, then passed along whole."""
+"""The options of an extraction: frozen, validated once, then passed along whole.
+
+Nothing heavy is imported here: a wrong option is refused before torch is loaded.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,21 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal, get_args
 
-from cache_format.codecs import CODECS
 from cache_format.errors import InputError
 from cache_format.layout.captures import Captures
-from extractor.data.prepare import PrepareOptions
-from extractor.job.plan import PlanOptions
-from extractor.target.layer_ids import default_target_layer_ids
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Codec = Literal["raw", "zbits", "fp8"]
+RowFormat = Literal["messages", "conversations", "prompt-response", "input_ids", "text"]
+LossOn = Literal["assistant", "all", "column"]
+TooLong = Literal["truncate", "drop"]
+OnBadRow = Literal["fail", "skip"]
+OnNonfinite = Literal["fail", "quarantine"]
+Engine = Literal["local", "ray"]
+
+DEFAULT_BATCH_TOKENS = 8192
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -44,26 +55,11 @@ class TargetOptions:
     """used where target_layer_ids is None: the published DFlash default for that many layers"""
 
     def __post_init__(self) -> None:
+        _require_choice("--dtype", self.dtype, Dtype)
         if self.tp_plan not in (None, "auto"):
             raise InputError(f"--tp-plan {self.tp_plan!r}: the only plan is auto, transformers' own")
         if self.tp_plan and self.device_map:
             raise InputError("--tp-plan and --device-map both divide the target; give one of them")
-
-    def layer_ids(self, num_hidden_layers: int) -> list[int]:
-        """The layers to capture from a target of ``num_hidden_layers``.
-
-        Raises:
-            InputError: a layer that the target does not have, or one named twice.
-        """
-        if self.target_layer_ids is None:
-            return default_target_layer_ids(self.num_draft_layers, num_hidden_layers)
-        ids = list(self.target_layer_ids)
-        wrong = [i for i in ids if not 0 <= i < num_hidden_layers]
-        if wrong or not ids:
-            raise InputError(f"--target-layers {ids}: the target has layers 0..{num_hidden_layers - 1}")
-        if len(set(ids)) != len(ids):
-            raise InputError(f"--target-layers {ids}: a layer is named twice")
-        return ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +71,56 @@ class DataOptions:
     split: str | None = None
     data_revision: str | None = None
     streaming: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """How rows become samples."""
+
+    max_length: int = 4096
+    """tokens"""
+    too_long: str = "truncate"
+    """truncate to the first max_length tokens, or drop"""
+    min_loss_tokens: int = 1
+    """samples with fewer learned tokens (after truncation) are dropped"""
+    loss_on: str | None = None
+    """assistant, all or column; None: column for input_ids rows, else assistant"""
+    row_format: str | None = None
+    """None: told from the columns"""
+    on_bad_row: str = "fail"
+    """fail, or skip: count it as dropped"""
+    limit: int | None = None
+    """only the first rows of the dataset; given to the source"""
+
+    def __post_init__(self) -> None:
+        _require_choice("--too-long", self.too_long, TooLong)
+        _require_choice("--on-bad-row", self.on_bad_row, OnBadRow)
+        if self.loss_on is not None:
+            _require_choice("--loss-on", self.loss_on, LossOn)
+        if self.row_format is not None:
+            _require_choice("--row-format", self.row_format, RowFormat)
+        for name, least in (("max_length", 1), ("min_loss_tokens", 0), ("limit", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Sizes that decide the plan; both are part of the fingerprint."""
+
+    shard_bytes: int = 512 << 20
+    """a shard is cut before it would grow beyond this, its states counted before the codec; a single larger sample gets
+    a shard of its own"""
+    batch_tokens: int | None = DEFAULT_BATCH_TOKENS
+    """padded tokens (samples times the longest) of one forward pass; a longer sample is a batch of its own. None: as
+    many as fit the device, to be found out before a plan is made"""
+
+    def __post_init__(self) -> None:
+        if self.shard_bytes < 64 << 10:
+            raise InputError(f"--shard-size is {self.shard_bytes:,} bytes; it must be at least 64KiB")
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            raise InputError(f"--batch-tokens is {self.batch_tokens}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +144,18 @@ class ExtractOptions:
     """where to write a Chrome trace of the run"""
 
     def __post_init__(self) -> None:
-        if self.codec not in CODECS:
-            raise InputError(f"--codec {self.codec!r}: choose one of {', '.join(CODECS)}")
-        if self.on_nonfinite not in ("fail", "quarantine"):
-            raise InputError(f"--on-nonfinite {self.on_nonfinite!r}: choose fail or quarantine")
+        _require_choice("--codec", self.codec, Codec)
+        _require_choice("--on-nonfinite", self.on_nonfinite, OnNonfinite)
         if self.target.tp_plan and self.plan.batch_tokens is None:
             raise InputError("--batch-tokens auto cannot be tried out with --tp-plan; give a number, such as 8192")
         if self.profile is not None and not self.profile.absolute().parent.is_dir():
             raise InputError(f"--profile {self.profile}: no such folder")
+
+
+def _require_choice(option: str, value: str, choices: Any) -> None:
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise InputError(f"{option} {value!r}: choose one of {', '.join(allowed)}")
 
 
 def parse_captures(texts: Sequence[str]) -> Captures:

@@ -45,7 +45,8 @@ from cache_format.layout.manifest import DataInfo, Manifest, TargetInfo, Totals
 from cache_format.layout.samples import PartInfo, PreparedSamples, Sample, part_path, write_part
 from cache_format.storage.files import make_folder
 from cache_format.writing.seal import seal
-from extractor.job.plan import Plan, PlanOptions
+from extractor.config import PlanOptions
+from extractor.job.plan import Plan
 from extractor.job.run import ShardRunner
 from extractor.target.forward import HiddenStateExtractor, padding_mode
 from extractor.target.hooks import HFDFlashTargetModel

@@ -35,7 +35,8 @@ from cache_format.reading.order import full_order, random_source, window_order
 from cache_format.storage.files import make_folder
 from cache_format.upkeep.verify import verify
 from cache_format.writing.seal import describe_files, seal
-from extractor.job.plan import Plan, PlanOptions
+from extractor.config import PlanOptions
+from extractor.job.plan import Plan
 from extractor.job.resume import missing_shards
 
 SAMPLES_PER_SHARD, SAMPLES_PER_PART, LENGTHS = 256, 100_000, 8

@@ -18,7 +18,8 @@ from cache_format.storage.files import make_folder
 from cache_format.writing.encode import encode_buffer
 from cache_format.writing.seal import describe_files, seal
 from cache_format.writing.shard_buffer import ShardBuffer
-from extractor.job.plan import Plan, PlanOptions
+from extractor.config import PlanOptions
+from extractor.job.plan import Plan
 
 VOCAB = 64
 

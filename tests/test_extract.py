@@ -20,7 +20,8 @@ from cache_format import FeatureCache
 from cache_format.layout.manifest import Manifest
 from cache_format.layout.samples import PreparedSamples
 from cache_format.upkeep.verify import verify
-from extractor.job.plan import Plan, PlanOptions
+from extractor.config import PlanOptions
+from extractor.job.plan import Plan
 from extractor.target.hooks import HFDFlashTargetModel
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from cache_format.codecs import RawCodec, States
 from cache_format.errors import InputError
 from cache_format.layout.shard import ShardSchema
-from extractor.job.plan import Plan, PlanOptions
+from extractor.config import PlanOptions
+from extractor.job.plan import Plan
 
 SCHEMA = ShardSchema(fingerprint="0" * 64, codec=RawCodec(), states=States(torch.bfloat16, 5, 64))
 

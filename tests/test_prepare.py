@@ -23,10 +23,10 @@ from transformers import AutoTokenizer
 
 from cache_format.errors import InputError, StorageError
 from cache_format.layout.samples import PreparedSamples, part_path, read_part
-from extractor.config import DataOptions
+from extractor.config import DataOptions, PrepareOptions
 from extractor.data import prepare as prepare_module
 from extractor.data.dataset import RowSource, open_source
-from extractor.data.prepare import PrepareOptions, prepare, prepare_rows
+from extractor.data.prepare import prepare, prepare_rows
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,8 @@ from pathlib import Path
 from extractor.config import DataOptions
 from extractor.data.dataset import open_source
 from extractor.data import prepare as module
-from extractor.data.prepare import PrepareOptions, prepare
+from extractor.config import PrepareOptions
+from extractor.data.prepare import prepare
 
 if __name__ == "__main__":
     data, target, out = sys.argv[1:]

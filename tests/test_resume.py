@@ -12,7 +12,8 @@ from cache_format.layout.manifest import Manifest
 from cache_format.layout.samples import PreparedSamples
 from cache_format.layout.shard import shard_name
 from cache_format.layout.shard_file import ShardFile
-from extractor.job.plan import Plan, PlanOptions
+from extractor.config import PlanOptions
+from extractor.job.plan import Plan
 from extractor.job.resume import missing_shards
 
 

@@ -9,11 +9,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
-from cache_format.codecs import TokenTensor
-from cache_format.codecs.dtypes import DTYPE_NAMES
-
 LAST_HIDDEN_STATES = "last_hidden_states"
 TOPK_VALUES = "logits_topk_values"
 TOPK_IDS = "logits_topk_ids"
@@ -33,17 +28,6 @@ class Captures:
     def __post_init__(self) -> None:
         if type(self.last_hidden_states) is not bool or type(self.logits_topk) is not int or self.logits_topk < 0:
             raise ValueError(f"captures {self!r}: last_hidden_states is true or false, logits_topk a number from 0")
-
-    def tensors(self, dtype: torch.dtype, hidden_size: int) -> tuple[TokenTensor, ...]:
-        """The per-token tensors that a shard stores for them; states and logits in the stored ``dtype``."""
-        name, tensors = DTYPE_NAMES[dtype], []
-        if self.last_hidden_states:
-            tensors.append(TokenTensor(LAST_HIDDEN_STATES, name, hidden_size))
-        if self.logits_topk:
-            tensors.append(TokenTensor(TOPK_VALUES, name, self.logits_topk))
-            tensors.append(TokenTensor(TOPK_IDS, "I32", self.logits_topk))
-            tensors.append(TokenTensor(LOGSUMEXP, "F32"))
-        return tuple(tensors)
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""

@@ -20,7 +20,7 @@ from cache_format.codecs import States, codec_from_dict
 from cache_format.codecs.dtypes import torch_dtype
 from cache_format.errors import CacheError, MismatchError, StorageError
 from cache_format.layout.captures import Captures
-from cache_format.layout.shard import FORMAT_NAME, FORMAT_VERSION, ShardSchema
+from cache_format.layout.shard import FORMAT_NAME, FORMAT_VERSION, ShardSchema, capture_tensors
 from cache_format.storage.file_info import FileInfo
 from cache_format.storage.files import committed, inside, open_for_reading, write_all
 
@@ -146,7 +146,7 @@ class Manifest:
             fingerprint=self.fingerprint,
             codec=codec_from_dict(self.codec),
             states=States(self.torch_dtype, len(self.target_layer_ids), self.hidden_size),
-            captures=Captures.from_dict(self.capture).tensors(self.torch_dtype, self.hidden_size),
+            captures=capture_tensors(Captures.from_dict(self.capture), self.torch_dtype, self.hidden_size),
         )
 
     def extracting(self, identity: Mapping[str, Any], **changes: Any) -> Manifest:

@@ -15,15 +15,30 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 import xxhash
 
 from cache_format.codecs import BlockCodec, Codec, HeadTensor, RawCodec, States, TokenTensor
+from cache_format.codecs.dtypes import DTYPE_NAMES
 from cache_format.codecs.interface import BLOCKS
+from cache_format.layout.captures import LAST_HIDDEN_STATES, LOGSUMEXP, TOPK_IDS, TOPK_VALUES, Captures
 from cache_format.layout.safetensors_file import Container, plan_container
 
 FORMAT_NAME = "dflash-cache"
 FORMAT_VERSION = 1
 HEAD = (("cu_seqlens", "I64"), ("sample_ids", "I64"), ("sample_checksums", "U64"))
+
+
+def capture_tensors(captures: Captures, dtype: torch.dtype, hidden_size: int) -> tuple[TokenTensor, ...]:
+    """The tensors with a row a token that stand for ``captures``; states and logits in the stored ``dtype``."""
+    name, tensors = DTYPE_NAMES[dtype], []
+    if captures.last_hidden_states:
+        tensors.append(TokenTensor(LAST_HIDDEN_STATES, name, hidden_size))
+    if captures.logits_topk:
+        tensors.append(TokenTensor(TOPK_VALUES, name, captures.logits_topk))
+        tensors.append(TokenTensor(TOPK_IDS, "I32", captures.logits_topk))
+        tensors.append(TokenTensor(LOGSUMEXP, "F32"))
+    return tuple(tensors)
 
 
 def shard_name(number: int) -> str:
@@ -47,7 +62,7 @@ class ShardSchema:
     states: States
     """hidden_states before the codec"""
     captures: tuple[TokenTensor, ...] = ()
-    """tensors of what else is captured, see captures.py"""
+    """see :func:`capture_tensors`"""
 
     @cached_property
     def token_tensors(self) -> tuple[TokenTensor, ...]:

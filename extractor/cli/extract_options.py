@@ -29,13 +29,13 @@ def extract_options(arguments: dict[str, Any]) -> ExtractOptions:
     from extractor.config import (
         DataOptions,
         ExtractOptions,
+        PlanOptions,
+        PrepareOptions,
         TargetOptions,
         parse_batch_tokens,
         parse_captures,
         parse_size,
     )
-    from extractor.data.prepare import PrepareOptions
-    from extractor.job.plan import PlanOptions
     from extractor.target.layer_ids import parse_layer_ids
 
     def taken(*names: str) -> dict[str, Any]:

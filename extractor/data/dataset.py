@@ -15,16 +15,14 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import xxhash
 from huggingface_hub import HfApi
 
 from cache_format.errors import DFlashCacheError, InputError, StorageError
-
-if TYPE_CHECKING:
-    from extractor.config import DataOptions
+from extractor.config import DataOptions
 
 RawRow = bytes | dict[str, Any]
 """One row as read: a line of a .jsonl file, not parsed yet, or a dict."""

@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from transformers import AutoTokenizer
 from cache_format.errors import CacheError, DFlashCacheError, InputError
 from cache_format.layout.samples import PartInfo, Sample, part_path, read_part, write_part
 from cache_format.storage.files import make_folder
-from extractor.data.conversation import COLUMNS, conversation_of, detect_format, ids_of, text_of
+from extractor.config import PrepareOptions
+from extractor.data.conversation import conversation_of, detect_format, ids_of, text_of
 from extractor.data.dataset import BadRow, RawRow, Rows, RowSource, parse_row
 from extractor.data.loss_mask import ConversationTokenizer
 
@@ -37,42 +37,6 @@ ROWS_WORTH_A_PROCESS = 4 * ROWS_PER_PART
 
 Ids = tuple[np.ndarray, np.ndarray]
 """input_ids int32 ``[T]``, loss_mask uint8 ``[T]``"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareOptions:
-    """How rows become samples."""
-
-    max_length: int = 4096
-    """tokens"""
-    too_long: str = "truncate"
-    """truncate to the first max_length tokens, or drop"""
-    min_loss_tokens: int = 1
-    """samples with fewer learned tokens (after truncation) are dropped"""
-    loss_on: str | None = None
-    """assistant, all or column; None: column for input_ids rows, else assistant"""
-    row_format: str | None = None
-    """None: told from the columns"""
-    on_bad_row: str = "fail"
-    """fail, or skip: count it as dropped"""
-    limit: int | None = None
-    """only the first rows of the dataset; given to the source"""
-
-    def __post_init__(self) -> None:
-        choices: dict[str, tuple[str | None, ...]] = {
-            "too_long": ("truncate", "drop"),
-            "loss_on": (None, "assistant", "all", "column"),
-            "row_format": (None, *COLUMNS),
-            "on_bad_row": ("fail", "skip"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                named = ", ".join(c for c in allowed if c)
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)!r}: choose one of {named}")
-        for name, least in (("max_length", 1), ("min_loss_tokens", 0), ("limit", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
 
 
 def prepare_rows(rows: Rows, tokenizer: Any, options: PrepareOptions) -> tuple[list[Sample], Counter[str]]:

@@ -12,11 +12,12 @@ import numpy as np
 from cache_format.codecs import CODECS, BlockCodec, States, codec_named
 from cache_format.codecs.dtypes import torch_dtype
 from cache_format.errors import InputError
-from cache_format.layout.shard import ShardSchema
-from extractor.config import ExtractOptions
+from cache_format.layout.shard import ShardSchema, capture_tensors
+from extractor.config import DEFAULT_BATCH_TOKENS, ExtractOptions
 from extractor.data.dataset import open_source
 from extractor.data.prepare import prepare_rows
-from extractor.job.plan import DEFAULT_BATCH_TOKENS, Plan
+from extractor.job.plan import Plan
+from extractor.target.layer_ids import chosen_layer_ids
 from extractor.target.load_target import TargetShape, load_config, load_tokenizer, resolve_device, resolve_dtype
 from extractor.terminal.progress import Reporter, size
 
@@ -69,7 +70,7 @@ def estimate(options: ExtractOptions) -> Estimate:
     target = options.target
     config = load_config(target.name, target.revision, target.trust_remote_code)
     shape = TargetShape.from_config(config)
-    layer_ids = target.layer_ids(shape.num_hidden_layers)
+    layer_ids = chosen_layer_ids(target, shape.num_hidden_layers)
     dtype = resolve_dtype(target.dtype, resolve_device(target.device))
     tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
     source = open_source(options.data, options.prepare.limit)
@@ -100,7 +101,7 @@ def estimate(options: ExtractOptions) -> Estimate:
         fingerprint="0" * 64,
         codec=codec_named(options.codec),
         states=States(torch_dtype(dtype), len(layer_ids), shape.hidden_size),
-        captures=options.capture.tensors(torch_dtype(dtype), shape.hidden_size),
+        captures=capture_tensors(options.capture, torch_dtype(dtype), shape.hidden_size),
     )
     # Which samples share a batch does not change the sizes.
     plan_options = replace(options.plan, batch_tokens=options.plan.batch_tokens or DEFAULT_BATCH_TOKENS)

@@ -20,12 +20,12 @@ from cache_format.storage.files import inside, make_folder, remove_temporaries
 from cache_format.storage.lock import writing
 from cache_format.upkeep.repair import LATER_IDENTITY
 from cache_format.writing.seal import describe_files, seal
-from extractor.config import ExtractOptions
+from extractor.config import DEFAULT_BATCH_TOKENS, ExtractOptions
 from extractor.data.dataset import open_source
 from extractor.data.prepare import prepare
 from extractor.job.identity import inputs_identity, other_software, software
 from extractor.job.out_folder import refuse_foreign_folder, require_space, shards_schema
-from extractor.job.plan import DEFAULT_BATCH_TOKENS, Plan
+from extractor.job.plan import Plan
 from extractor.job.report import ExtractReport, progress_note
 from extractor.job.resume import missing_shards, require_all_files
 from extractor.job.run import RunStats, ShardRunner
@@ -33,6 +33,7 @@ from extractor.job.timeline import Timeline
 from extractor.job.worker import Worker
 from extractor.target.batch_budget import find_batch_tokens
 from extractor.target.forward import HiddenStateExtractor
+from extractor.target.layer_ids import chosen_layer_ids
 from extractor.target.load_extractor import load_extractor
 from extractor.target.load_target import TargetShape, load_config, load_tokenizer, resolve_device, resolve_dtype
 from extractor.target.target_files import write_target_files
@@ -115,7 +116,7 @@ class Job:
         self.shape = TargetShape.from_config(self.config)
         if target.tp_plan:
             require_plan(self.config)
-        self.layer_ids = target.layer_ids(self.shape.num_hidden_layers)
+        self.layer_ids = chosen_layer_ids(target, self.shape.num_hidden_layers)
         self.tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
         self.source = open_source(options.data, options.prepare.limit)
         self.group: Group | None = None

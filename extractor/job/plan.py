@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache_format.errors import InputError
 from cache_format.layout.shard import ShardSchema
+from extractor.config import PlanOptions
 
 HEAD_SLACK_BYTES = 16 << 10
 """Room left in every shard for its header and page alignment."""
@@ -24,28 +24,8 @@ PLAN_VERSION = 1
 
 MAX_PADDING = 0.02
 
-DEFAULT_BATCH_TOKENS = 8192
-
 SAMPLE_HEAD_BYTES = 24
 """cu_seqlens, sample_ids and sample_checksums: 8 bytes each a sample."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions:
-    """Sizes that decide the plan; both are part of the fingerprint."""
-
-    shard_bytes: int = 512 << 20
-    """a shard is cut before it would grow beyond this, its states counted before the codec; a single larger sample gets
-    a shard of its own"""
-    batch_tokens: int | None = DEFAULT_BATCH_TOKENS
-    """padded tokens (samples times the longest) of one forward pass; a longer sample is a batch of its own. None: as
-    many as fit the device, to be found out before a plan is made"""
-
-    def __post_init__(self) -> None:
-        if self.shard_bytes < 64 << 10:
-            raise InputError(f"--shard-size is {self.shard_bytes:,} bytes; it must be at least 64KiB")
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise InputError(f"--batch-tokens is {self.batch_tokens}; it must be at least 1")
 
 
 @dataclass(frozen=True, slots=True)

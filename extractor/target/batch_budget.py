@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from extractor.job.plan import DEFAULT_BATCH_TOKENS
+from extractor.config import DEFAULT_BATCH_TOKENS
 from extractor.target.forward import HiddenStateExtractor, row_memory
 
 MOST_BATCH_TOKENS = 131_072

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cache_format.codecs.dtypes import DTYPES
 from cache_format.errors import InputError
 from cache_format.layout.captures import LAST_HIDDEN_STATES, LOGSUMEXP, TOPK_IDS, TOPK_VALUES, Captures
+from cache_format.layout.shard import capture_tensors
 from extractor.target.hooks import HFDFlashTargetModel
 
 UNMASKED, MASKED = "unmasked", "masked"
@@ -188,7 +189,7 @@ def row_memory(extractor: HiddenStateExtractor, tokens: int, device: torch.devic
     weight = extractor.target.get_input_embeddings().weight
     width, dtype = weight.shape[1], weight.dtype
     out = torch.empty(tokens, len(extractor.target.target_layer_ids) * width, dtype=dtype, device=device)
-    captures = extractor.captures.tensors(dtype, width)
+    captures = capture_tensors(extractor.captures, dtype, width)
     return out, {
         tensor.name: torch.empty(tensor.shape(tokens), dtype=DTYPES[tensor.dtype], device=device) for tensor in captures
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cache_format.errors import InputError
+from extractor.config import TargetOptions
 
 
 def default_target_layer_ids(num_draft_layers: int, num_target_layers: int) -> list[int]:
@@ -23,6 +24,23 @@ def default_target_layer_ids(num_draft_layers: int, num_target_layers: int) -> l
             f"a target of {total} layers is too small for the default of {n} captured layers; "
             "give fewer with --num-draft-layers, or name them with --target-layers"
         )
+    return ids
+
+
+def chosen_layer_ids(target: TargetOptions, num_hidden_layers: int) -> list[int]:
+    """The layers to capture from a target of ``num_hidden_layers``.
+
+    Raises:
+        InputError: a layer that the target does not have, or one named twice.
+    """
+    if target.target_layer_ids is None:
+        return default_target_layer_ids(target.num_draft_layers, num_hidden_layers)
+    ids = list(target.target_layer_ids)
+    wrong = [i for i in ids if not 0 <= i < num_hidden_layers]
+    if wrong or not ids:
+        raise InputError(f"--target-layers {ids}: the target has layers 0..{num_hidden_layers - 1}")
+    if len(set(ids)) != len(ids):
+        raise InputError(f"--target-layers {ids}: a layer is named twice")
     return ids
 
 

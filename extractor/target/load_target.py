@@ -7,7 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import xxhash
@@ -15,9 +15,7 @@ from torch import nn
 
 from cache_format.errors import InputError
 from cache_format.storage.file_info import file_info
-
-if TYPE_CHECKING:
-    from extractor.config import TargetOptions
+from extractor.config import TargetOptions
 
 CPU = torch.device("cpu")
 

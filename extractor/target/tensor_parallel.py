@@ -23,6 +23,7 @@ from extractor.config import ExtractOptions
 from extractor.target.deterministic import be_deterministic
 from extractor.target.forward import MASKED, UNMASKED, HiddenStateExtractor, row_memory
 from extractor.target.hooks import HFDFlashTargetModel
+from extractor.target.layer_ids import chosen_layer_ids
 from extractor.target.load_target import TargetShape, load_config, load_wanted, resolve_device, resolve_dtype
 
 _STOP, _LOAD, _PASS = range(3)
@@ -122,7 +123,7 @@ class Group:
         dtype = torch_dtype(resolve_dtype(target.dtype, self.device))
         model = load_wanted(target, dtype, self.device, tp_size=world_size())
         whole_embeddings(model)
-        hooked = HFDFlashTargetModel(model, target.layer_ids(TargetShape.from_config(config).num_hidden_layers))
+        hooked = HFDFlashTargetModel(model, chosen_layer_ids(target, TargetShape.from_config(config).num_hidden_layers))
         if target.compile:
             hooked.compile()
         return hooked
