@@ -17,6 +17,9 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 
+RAY_GPUS = "cuda"
+"""Kind of the devices that a Ray cluster counts as GPUs; the driver may have none itself."""
+
 _COLLECTIVES = {"cuda": "nccl", "xpu": "xccl", "npu": "hccl"}
 """Kind of device -> backend of torch.distributed for tensors on it; gloo for the others."""
 

@@ -22,6 +22,8 @@ TooLong = Literal["truncate", "drop"]
 OnBadRow = Literal["fail", "skip"]
 OnNonfinite = Literal["fail", "quarantine"]
 Engine = Literal["local", "ray"]
+TpPlan = Literal["auto"]
+ExportLayout = Literal["specforge", "speculators", "modelopt", "deepspec", "nemo-dspark"]
 
 DEFAULT_BATCH_TOKENS = 8192
 

@@ -48,9 +48,10 @@ from cache_format.writing.seal import seal
 from extractor.config import PlanOptions
 from extractor.job.plan import Plan
 from extractor.job.run import ShardRunner
-from extractor.target.forward import HiddenStateExtractor, padding_mode
 from extractor.target.hooks import HFDFlashTargetModel
 from extractor.target.layer_ids import default_target_layer_ids
+from extractor.target.padding import padding_mode
+from extractor.target.transformers_backend import TransformersBackend
 
 SHAPES = {
     "tiny": (512, 12, 8, 4, 64, 1536, 32_000),
@@ -121,7 +122,7 @@ class Bench:
         self.plan = Plan(self.samples.num_tokens, self.manifest.schema().token_bytes, self.options)
         self.manifest = Manifest(**{**vars(self.manifest), "totals": self._totals(len(self.plan))})
         mode = padding_mode(self.target, int(self.samples.num_tokens.max()))
-        self.extractor = HiddenStateExtractor(self.target, mode)
+        self.extractor = TransformersBackend(self.target, mode)
         self.tokens = int(self.samples.num_tokens.sum())
         # Of the bare forward nothing but the forward is timed.
         self.ideal = [

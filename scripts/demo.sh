@@ -3,7 +3,7 @@
 # library's docstrings, extracted, verified, read. Everything lands in .demo/ (or the folder given as the first argument).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/setup.sh ''  # an argument of its own: without one it would see this script's
+source scripts/setup.sh extract
 out="${1:-.demo}"
 export PATH="$venv/bin:$PATH"
 show() { printf '\n$ %s\n' "$*"; "$@"; }

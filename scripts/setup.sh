@@ -1,5 +1,5 @@
 # Sourced by demo.sh and test.sh: makes .venv with the package and the tested versions, and sets $python to its Python.
-# Usage: source scripts/setup.sh [extra]     (extra: a name in pyproject's optional-dependencies)
+# Usage: source scripts/setup.sh EXTRA     (a name in pyproject's optional-dependencies)
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${DFLASH_VENV:-$root/.venv}"
@@ -21,12 +21,12 @@ if [ ! -x "$python" ]; then
     "$(pick_python)" -m venv "$venv"
 fi
 # Reinstalled only when what is asked for has changed.
-stamp="$venv/.installed-${1:-base}"
+stamp="$venv/.installed-$1"
 wanted="$(cat "$root/pyproject.toml" "$root/scripts/constraints.txt" | sha256sum)"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "== installing (a few minutes the first time)"
     # torch first and by its exact version, so that no other package decides which build is taken.
     "$python" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' "$root/scripts/constraints.txt")"
-    "$python" -m pip install --quiet --disable-pip-version-check -c "$root/scripts/constraints.txt" -e "$root${1:+[$1]}"
+    "$python" -m pip install --quiet --disable-pip-version-check -c "$root/scripts/constraints.txt" -e "$root[$1]"
     echo "$wanted" >"$stamp"
 fi

@@ -289,7 +289,7 @@ def test_memory_does_not_grow_with_the_dataset(tiny_target, demo_jsonl, tmp_path
     lines = demo_jsonl.read_text().splitlines(keepends=True)
     (tmp_path / "big.jsonl").write_text("".join(lines * 20))
     code = (
-        "import resource, sys; from extractor.cli import app; app(standalone_mode=False);"
+        "import resource, sys; from extractor.cli.app import app; app(standalone_mode=False);"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     peaks = []

@@ -41,7 +41,7 @@ SPARED = {errno.ENOSPC: NEEDS_NO_SPACE, errno.EDQUOT: NEEDS_NO_SPACE}
 @pytest.fixture(scope="module")
 def whole(small_job, tmp_path_factory) -> dict[str, bytes]:
     """The files of that job's cache, made without a fault."""
-    from extractor.cli import app
+    from extractor.cli.app import app
 
     out = tmp_path_factory.mktemp("whole") / "c"
     app([*small_job, "--out", str(out)], standalone_mode=False)

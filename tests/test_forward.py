@@ -8,8 +8,9 @@ from tiny_models import BUILDERS, HIDDEN, VOCAB, OddModel, bidirectional, build,
 
 from cache_format.errors import InputError
 from cache_format.layout.captures import Captures
-from extractor.target.forward import MASKED, UNMASKED, HiddenStateExtractor, padding_mode
 from extractor.target.hooks import HFDFlashTargetModel
+from extractor.target.padding import padding_mode
+from extractor.target.transformers_backend import MASKED, UNMASKED, TransformersBackend
 
 LENGTHS = [16, 9, 1, 12]
 
@@ -20,7 +21,7 @@ def padded_ids() -> torch.Tensor:
 
 def run(target, padding, ids=None, lengths=LENGTHS) -> torch.Tensor:
     out = torch.empty(sum(lengths), len(target.target_layer_ids) * HIDDEN)
-    HiddenStateExtractor(target, padding).forward(padded_ids() if ids is None else ids, lengths, out)
+    TransformersBackend(target, padding).forward(padded_ids() if ids is None else ids, lengths, out)
     return out
 
 
@@ -73,7 +74,7 @@ def test_padding_mode_of_a_one_token_dataset():
 
 def test_non_finite_states_are_told_by_sample_and_layer():
     target = HFDFlashTargetModel(build(qwen3), [0, 1, 2])
-    extractor = HiddenStateExtractor(target, UNMASKED)
+    extractor = TransformersBackend(target, UNMASKED)
     rows = run(target, UNMASKED)
     assert not extractor.nonfinite(rows, LENGTHS).any()
     rows[16 + 8, HIDDEN + 3] = float("nan")
@@ -92,7 +93,7 @@ def test_nothing_is_kept_for_gradients_and_hooks_are_removed():
 def test_captures_are_the_heads_input_and_the_models_own_logits(builder):
     model = build(builder)
     target = HFDFlashTargetModel(model, [1])
-    extractor = HiddenStateExtractor(target, UNMASKED, Captures(last_hidden_states=True, logits_topk=7))
+    extractor = TransformersBackend(target, UNMASKED, Captures(last_hidden_states=True, logits_topk=7))
     rows = sum(LENGTHS)
     extra = {
         "last_hidden_states": torch.empty(rows, HIDDEN),
@@ -125,7 +126,7 @@ def test_last_hidden_states_alone_stop_before_the_head():
     model = build(qwen3)
     ran = []
     model.lm_head.register_forward_hook(lambda *_args: ran.append("head"))
-    extractor = HiddenStateExtractor(HFDFlashTargetModel(model, [1]), UNMASKED, Captures(last_hidden_states=True))
+    extractor = TransformersBackend(HFDFlashTargetModel(model, [1]), UNMASKED, Captures(last_hidden_states=True))
     extra = {"last_hidden_states": torch.empty(sum(LENGTHS), HIDDEN)}
     extractor.forward(padded_ids(), LENGTHS, torch.empty(sum(LENGTHS), HIDDEN), extra)
     assert ran == []
@@ -134,4 +135,4 @@ def test_last_hidden_states_alone_stop_before_the_head():
 
 def test_captures_that_cannot_be_made_are_refused():
     with pytest.raises(InputError, match="vocabulary"):
-        HiddenStateExtractor(HFDFlashTargetModel(build(qwen3), [1]), UNMASKED, Captures(logits_topk=VOCAB + 1))
+        TransformersBackend(HFDFlashTargetModel(build(qwen3), [1]), UNMASKED, Captures(logits_topk=VOCAB + 1))

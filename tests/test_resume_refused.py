@@ -43,7 +43,7 @@ def small_job(tiny_target, demo_jsonl, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(small_job, tmp_path_factory) -> Path:
     """That job's cache."""
-    from extractor.cli import app
+    from extractor.cli.app import app
 
     out = tmp_path_factory.mktemp("whole") / "c"
     app([*small_job, "--out", str(out)], standalone_mode=False)

@@ -16,15 +16,14 @@ from jobs import contents
 
 from cache_format import FeatureCache
 from cache_format.layout.manifest import Manifest
-from extractor.target.forward import HiddenStateExtractor
+from extractor.target.transformers_backend import TransformersBackend
 
 
 class RunsOutOfMemory:
     """A forward pass that does not fit, ``times`` times, half of its rows written."""
 
     def __init__(self, monkeypatch, times: int):
-        self.left, forward = times, HiddenStateExtractor.forward
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        self.left, forward = times, TransformersBackend.forward
 
         def failing(extractor, input_ids, lengths, out, extra=None):
             if input_ids.numel() > 1000 and self.left:
@@ -33,7 +32,7 @@ class RunsOutOfMemory:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             forward(extractor, input_ids, lengths, out, extra)
 
-        monkeypatch.setattr(HiddenStateExtractor, "forward", failing)
+        monkeypatch.setattr(TransformersBackend, "forward", failing)
 
 
 CAN_COMPILE = (

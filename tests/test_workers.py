@@ -22,8 +22,8 @@ from extractor.config import parse_batch_tokens
 from extractor.engine.local import parse_devices
 from extractor.job.worker import Worker
 from extractor.target.batch_budget import MOST_BATCH_TOKENS, largest_fitting, run_once
-from extractor.target.forward import UNMASKED, HiddenStateExtractor
 from extractor.target.hooks import HFDFlashTargetModel
+from extractor.target.transformers_backend import UNMASKED, TransformersBackend
 
 EXTRACT = [sys.executable, "-m", "extractor", "extract"]
 
@@ -190,7 +190,7 @@ def test_what_is_tried_for_auto_is_what_a_run_needs(tiny_target):
     """Captures included: with logits, a pass takes several times the memory."""
     model = AutoModelForCausalLM.from_pretrained(tiny_target, dtype=torch.float32)
     for captures in (Captures(), Captures(last_hidden_states=True, logits_topk=4)):
-        extractor = HiddenStateExtractor(HFDFlashTargetModel(model, [0, 2]), UNMASKED, captures)
+        extractor = TransformersBackend(HFDFlashTargetModel(model, [0, 2]), UNMASKED, captures)
         heads = []
         with model.lm_head.register_forward_hook(lambda *_, heads=heads: heads.append(1)):
             run_once(extractor, 2, 16, torch.device("cpu"))

@@ -10,9 +10,11 @@ import os
 import shlex
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 
+from cache_format import __version__
 from cache_format.errors import DFlashCacheError, InputError, MismatchError, StorageError
 from cache_format.storage.lock import LockedError
 from extractor.cli.estimate import estimate
@@ -25,6 +27,13 @@ from extractor.cli.repair import repair
 from extractor.cli.verify import verify
 from extractor.terminal.progress import say
 from extractor.terminal.signals import Stopped, stoppable
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dflash-cache {__version__}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     add_completion=False,
@@ -39,6 +48,17 @@ app = typer.Typer(
         "cache, locked by another process); 130 or 143 stopped by Ctrl-C or SIGTERM, run it again."
     ),
 )
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 for command in (extract, estimate, inspect, verify, repair, export, recode):
     app.command()(command)
 

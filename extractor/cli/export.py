@@ -9,20 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from cache_format.errors import InputError
 from extractor.cli.exit_codes import EXIT_FAILED, or_could_not_run
 from extractor.cli.options import Cache, Debug, Json, folder
 from extractor.cli.output import show
+from extractor.config import ExportLayout
 from extractor.terminal.progress import Reporter, say, size
 
 
 def export(
     cache: Cache,
     out: Annotated[Any, typer.Argument(help="Folder to write: new, or begun by the same command.", parser=folder)],
-    to: Annotated[
-        str,
-        typer.Option(help="specforge, speculators, modelopt, deepspec or nemo-dspark.", show_default=False),
-    ],
+    to: Annotated[ExportLayout, typer.Option(help="Whose reader opens them.", show_default=False)],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask, on a terminal.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -40,8 +37,6 @@ def export(
     from cache_format.export import LAYOUTS, plan_export
     from cache_format.export import export as run_export
 
-    if to not in LAYOUTS:
-        raise InputError(f"--to {to}: choose one of {', '.join(LAYOUTS)}")
     with or_could_not_run():
         source = FeatureCache.open(cache, verify="sample")
     plan = plan_export(source, LAYOUTS[to], out)

@@ -112,8 +112,6 @@ def extract(
     from extractor.job.worker import Worker
 
     options, worker = extract_options(locals()), Worker.from_environment()
-    if engine not in ("local", "ray"):
-        raise InputError(f"--engine {engine!r}: choose local or ray")
     if engine == "ray":
         from extractor.engine.ray import RayOptions, extract_with_ray
 

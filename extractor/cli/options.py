@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cache_format.errors import InputError
+from extractor import config
 
 _TARGET, _DATA, _SAMPLES, _SIZES = "The target", "The data", "Samples and loss mask", "Shards and batches"
 _CLUSTER = "A cluster"
@@ -38,7 +39,7 @@ NumDraftLayers = Annotated[
     typer.Option(min=1, help="Layers of the draft; one target layer is captured for each.", rich_help_panel=_TARGET),
 ]
 Dtype = Annotated[
-    str,
+    config.Dtype,
     typer.Option(
         help="float32, bfloat16 or float16, of the weights and of the stored states; auto: bfloat16 on CUDA, float32 "
         "on the CPU.",
@@ -77,11 +78,11 @@ Limit = Annotated[
     typer.Option(min=1, help="Only the first N rows: a trial run.", rich_help_panel=_DATA, show_default=False),
 ]
 OnBadRow = Annotated[
-    str,
+    config.OnBadRow,
     typer.Option(help="fail at a malformed row, naming it, or skip and count it.", rich_help_panel=_DATA),
 ]
 RowFormat = Annotated[
-    str | None,
+    config.RowFormat | None,
     typer.Option(
         help="messages, conversations, prompt-response, text or input_ids. Default: told from the columns.",
         rich_help_panel=_SAMPLES,
@@ -89,7 +90,7 @@ RowFormat = Annotated[
     ),
 ]
 LossOn = Annotated[
-    str | None,
+    config.LossOn | None,
     typer.Option(
         help="assistant: the assistant's tokens, end-of-turn included; all: every token; column: the loss_mask or "
         "labels of pre-tokenised rows. Default: column for input_ids rows, else assistant.",
@@ -99,7 +100,7 @@ LossOn = Annotated[
 ]
 MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of the longest sample.", rich_help_panel=_SAMPLES)]
 TooLong = Annotated[
-    str,
+    config.TooLong,
     typer.Option(
         help="truncate longer samples to their first --max-length tokens, or drop them.", rich_help_panel=_SAMPLES
     ),
@@ -142,7 +143,7 @@ Devices = Annotated[
     ),
 ]
 Engine = Annotated[
-    str,
+    config.Engine,
     typer.Option(
         help="local: this process, --devices, torchrun or srun. ray: actors of a Ray cluster whose nodes all see the "
         "data, the target and an --out that is a folder under the same paths (pip install 'dflash-cache\\[ray]').",
@@ -188,7 +189,7 @@ DeviceMap = Annotated[
     ),
 ]
 TpPlan = Annotated[
-    str | None,
+    config.TpPlan | None,
     typer.Option(
         help="auto: divide each layer of a target that is too large for one device over all processes of torchrun "
         "(tensor parallelism); the states round differently.",
@@ -213,7 +214,7 @@ Deterministic = Annotated[
     ),
 ]
 OnNonfinite = Annotated[
-    str,
+    config.OnNonfinite,
     typer.Option(
         help="Where the target gives NaN or Inf: fail, naming sample and layer, or quarantine: leave the sample out "
         "and list it.",
@@ -221,7 +222,7 @@ OnNonfinite = Annotated[
     ),
 ]
 Codec = Annotated[
-    str,
+    config.Codec,
     typer.Option(
         help="How hidden states are stored. raw: as they are, read without a copy. zbits: lossless, about 0.67 of "
         "bfloat16. fp8: float8 with a scale for each token and layer, 0.50 of bfloat16, SNR about 34 dB.",

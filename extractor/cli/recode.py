@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cache_format.errors import CacheError, InputError
-from cache_format.storage.folder import shard_bytes
+from extractor import config
 from extractor.cli.extract_options import destination
 from extractor.cli.options import Cache, Debug, Json, Scratch, place
 from extractor.cli.output import show
@@ -25,9 +25,9 @@ def recode(
         ),
     ],
     codec: Annotated[
-        str,
+        config.Codec,
         typer.Option(
-            help="raw, zbits (lossless, about 0.67 of bfloat16) or fp8 (0.50 of bfloat16, SNR about 34 dB).",
+            help="zbits: lossless, about 0.67 of bfloat16. fp8: 0.50 of bfloat16, SNR about 34 dB.",
             show_default=False,
         ),
     ],
@@ -46,6 +46,7 @@ def recode(
     Example: dflash-cache recode /data/cache /data/cache-fp8 --codec fp8
     """
     from cache_format import FeatureCache
+    from cache_format.storage.folder import shard_bytes
     from cache_format.upkeep.recode import recode as run_recode
     from cache_format.upkeep.recode_to_store import recode_to_store
 

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from cache_format.errors import InputError
-from cache_format.storage.folder import shard_bytes
 from extractor.cli.exit_codes import EXIT_FAILED, or_could_not_run
 from extractor.cli.options import Cache, Debug, Device, Json, TrustRemoteCode
 from extractor.cli.output import show
@@ -49,6 +48,7 @@ def verify(
     By default every byte is read and checked, so it takes as long as reading the cache (the estimate is shown). Lists
     every problem it finds. Exit code 0: whole; 1: damaged or unfinished; 2: could not run.
     """
+    from cache_format.storage.folder import shard_bytes
     from cache_format.upkeep.verify import PROVES
     from cache_format.upkeep.verify import verify as run_verify
 

@@ -12,8 +12,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-import torch
-
+from cache_format.device import accelerators
 from cache_format.errors import DFlashCacheError, InputError
 from extractor.config import ExtractOptions
 from extractor.engine.shard_queue import WorkerError
@@ -31,15 +30,16 @@ _REPORT_EVERY_SECONDS = 0.2
 
 
 def parse_devices(text: str) -> list[str]:
-    """``all`` CUDA devices of this machine, or a list such as ``cuda:0,cuda:2`` or ``cpu,cpu``.
+    """``all`` accelerators of this machine, or a list such as ``cuda:0,cuda:2`` or ``cpu,cpu``.
 
     Raises:
         InputError: no such devices.
     """
     if text == "all":
-        if not torch.cuda.device_count():
+        found = accelerators()
+        if not found:
             raise InputError("--devices all: this machine has no CUDA device; name some, such as cpu,cpu")
-        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        return list(map(str, found))
     devices = [name.strip() for name in text.split(",")]
     if not all(devices):
         raise InputError(f"--devices {text!r}: write all, or names with commas between, such as cuda:0,cuda:1")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import signal
 import socket
 import sys
@@ -21,17 +20,18 @@ from typing import Any
 
 import torch
 
+from cache_format.device import RAY_GPUS
 from cache_format.errors import CacheError, InputError, MismatchError
 from cache_format.layout.manifest import Manifest
 from cache_format.writing.upload import scratch_folder
 from extractor.config import ExtractOptions
 from extractor.engine.ray_worker import ShardWorker, remove_free_scratch
 from extractor.engine.shard_queue import ShardQueue, WorkerError
+from extractor.job.destination import Destination
 from extractor.job.job import Job, opened
 from extractor.job.plan import Plan
 from extractor.job.report import ExtractReport, progress_note
 from extractor.job.run import DeviceMemoryError, NonFiniteError, RunStats, added
-from extractor.job.store_job import opened as opened_at_url
 from extractor.job.worker import Worker
 from extractor.target.load_target import resolve_dtype
 from extractor.terminal.progress import Reporter, say
@@ -91,30 +91,31 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
     if gpus is None:
         gpus = 0 if options.target.device == "cpu" else 1
     # The driver may have no device like the workers': what depends on it is settled here.
-    device = "cuda" if gpus else "cpu"
-    target = replace(options.target, device=device, dtype=resolve_dtype(options.target.dtype, torch.device(device)))
+    device = torch.device(RAY_GPUS if gpus else "cpu")
+    target = replace(options.target, device=device.type, dtype=resolve_dtype(options.target.dtype, device))
     name = f"ray {os.getpid()} {secrets.token_hex(8)}"
-    with _opened(replace(options, target=replace(target, device="cpu")), Worker(job=name)) as (job, alone):
+    with _opened(replace(options, target=replace(target, device="cpu")), Worker(job=name)) as job:
+        destination = job.destination
         manifest, stats = job.begun(), RunStats()
         if manifest.state == "complete":
-            job.require_all_files(manifest)
+            destination.require_all_files(manifest)
             say(f"{job.where}: already complete, nothing to do")
             return job.report(manifest, stats)
         planned = manifest.state != "preparing"
 
         def begin(manifest: Manifest) -> tuple[Plan, list[int]]:
             samples = job.prepared(manifest)
-            if options.url is not None and not planned:
+            if not destination.shared and not planned:
                 job.say_prepared(samples)
             plan = job.plan(manifest, samples)
-            return plan, job.missing(manifest, plan, list(range(len(plan))))
+            return plan, destination.missing(manifest.schema(), plan, list(range(len(plan))))
 
         ready, todo = begin(manifest) if planned else None, None
         if ready is not None:
             todo = len(ready[1])
-            if options.url is None:
+            if destination.shared:
                 job.require_room(manifest, *ready)
-        elif options.url is None:
+        elif destination.shared:
             plan = job.plan(manifest, job.prepared(manifest))
             todo = len(job.require_room(manifest, plan, list(range(len(plan)))))
         else:
@@ -126,22 +127,24 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
             with _connected(ray, cluster):
                 count = cluster.num_workers or _room(ray, gpus)
                 kind = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_concurrency=SHARDS_IN_HAND)
-                fleet = _Fleet(ray, lambda: kind(ShardWorker).remote(*arguments), count, gpus, job)
-                stats = fleet.make(lambda: begin(job.current()), ready, at_most=count if todo is None else todo)
-        return job.report(_sealed(job, alone), stats)
+                fleet = _Fleet(ray, lambda: kind(ShardWorker).remote(*arguments), count, gpus, destination)
+
+                def begin_anew() -> tuple[Plan, list[int]]:
+                    destination.begin()
+                    return begin(Manifest.read(job.folder))
+
+                stats = fleet.make(begin_anew, ready, at_most=count if todo is None else todo)
+        return job.report(_sealed(destination), stats)
 
 
 @contextmanager
-def _opened(options: ExtractOptions, worker: Worker) -> Iterator[tuple[Job, Callable[[], bool]]]:
-    """The driver's job, and whether no worker writes any more."""
-    if options.url is None:
-        with opened(options, worker) as of_folder:
-            yield of_folder
-        return
-    with opened_at_url(options, worker) as job:
-        yield job, lambda: True
-        remove_free_scratch(options.out)
-        shutil.rmtree(job.out, ignore_errors=True)
+def _opened(options: ExtractOptions, worker: Worker) -> Iterator[Job]:
+    """The driver's job; scratch folders go with it."""
+    with opened(options, worker) as job:
+        yield job
+        job.destination.close(complete=True)
+        if not job.destination.shared:
+            remove_free_scratch(options.out)
 
 
 @dataclass(eq=False)
@@ -157,8 +160,8 @@ class _Seat:
 class _Fleet:
     """The driver's side of all actors: what each is doing, what it gave, who takes its place."""
 
-    def __init__(self, ray: Any, start: Callable[[], Any], count: int, gpus: int, job: Job):
-        self._ray, self._start, self._count, self._gpus, self._job = ray, start, count, gpus, job
+    def __init__(self, ray: Any, start: Callable[[], Any], count: int, gpus: int, destination: Destination):
+        self._ray, self._start, self._count, self._gpus, self._destination = ray, start, count, gpus, destination
         self._seats: list[_Seat] = []
         self._calls: dict[Any, tuple[_Seat, str, int]] = {}
         self._queue: ShardQueue | None = None
@@ -181,7 +184,7 @@ class _Fleet:
                 for _ in range(min(self._count, at_most)):
                     self._seats.append(self._seat())
                 while self._queue is None or self._queue:
-                    self._job.require_allowed()
+                    self._destination.allowed()
                     self._hand_out()
                     done, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=_WAIT_SECONDS)
                     for call in done:
@@ -256,7 +259,7 @@ class _Fleet:
         self._seats.remove(seat)
         for number in sorted(seat.numbers, reverse=True):
             assert self._queue is not None
-            if self._job.has_shard(number):
+            if self._destination.has_shard(number):
                 self._queue.made(number)
             else:
                 self._queue.lost(number, reason)
@@ -346,18 +349,18 @@ def _room(ray: Any, gpus: int) -> int:
     return max(1, sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes()))
 
 
-def _sealed(job: Job, alone: Callable[[], bool]) -> Manifest:
+def _sealed(destination: Destination) -> Manifest:
     """Seal once no actor can write any more.
 
     Raises:
         WorkerError: one still holds the lock.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not alone():
+    while not destination.alone():
         if time.monotonic() > deadline:
             raise WorkerError(
-                f"{job.where}: every shard is made, but another process still holds the lock (a worker on a node that "
-                "was lost, or another job); run the same command again to seal the cache"
+                f"{destination.where}: every shard is made, but another process still holds the lock (a worker on a "
+                "node that was lost, or another job); run the same command again to seal the cache"
             )
         time.sleep(0.1)
-    return job.sealed()
+    return destination.seal()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from extractor.config import ExtractOptions
-    from extractor.job.job import Job
+    from extractor.job.destination import Destination
     from extractor.job.run import RunStats
 
 
@@ -54,50 +54,47 @@ class ShardWorker:
         Raises:
             DFlashCacheError: this node's files are not those of the cache, or as ``extractor.job.job.extract``.
         """
+        from extractor.job.job import Job
         from extractor.job.run import RunStats
+        from extractor.job.worker import Worker
 
-        job = self._store_job() if self._options.url is not None else self._folder_job()
+        worker = Worker(job=self._job)
+        job = Job(self._options, self._destination(), worker)
         manifest = job.begun()
         samples = job.prepared(manifest)
         plan = job.plan(manifest, samples)
-        if self._options.url is not None:
+        if not job.destination.shared:
             job.require_room(manifest, plan, list(range(len(plan))))
-        manifest, plan, extractor = job.loaded(manifest, samples, plan)
-        runner = job.runner(manifest, plan, samples, extractor)
+        manifest, plan, backend = job.loaded(manifest, samples, plan)
+        runner = job.runner(manifest, plan, samples, backend)
         self._making = self._held.enter_context(runner.begin(list(range(len(plan)))))
         self._opened, self._done = time.monotonic(), RunStats()
 
-    def _folder_job(self) -> Job:
-        """The job of a cache in a folder; its lock is shared by all workers."""
-        from cache_format.storage.lock import writing
-        from extractor.job.job import Job
-        from extractor.job.worker import Worker
+    def _destination(self) -> Destination:
+        """Where the cache goes, held until :meth:`close`.
 
-        job = Job(self._options, Worker(job=self._job))
-        self._held.enter_context(writing(job.out, self._job))
-        return job
-
-    def _store_job(self) -> Job:
-        """The job of a cache at a URL, which the driver has leased; each worker of a node has a scratch folder."""
+        A folder's lock is shared by all workers. At a URL, which the driver has leased, each worker of a node has a
+        scratch folder.
+        """
         from cache_format.errors import InputError
-        from cache_format.storage.store import Store
-        from cache_format.writing.upload import Upload, scratch_folder
-        from extractor.job.store_job import StoreJob
-        from extractor.job.worker import Worker
+        from cache_format.writing.upload import scratch_folder
+        from extractor.job.folder_destination import FolderDestination
+        from extractor.job.url_destination import UrlDestination
 
         url = self._options.url
-        assert url is not None
+        if url is None:
+            in_folder = FolderDestination(self._options.out, self._job)
+            self._held.enter_context(in_folder.held())
+            return in_folder
         below = self._options.out if self._own_scratch else scratch_folder(url)
-        scratch = _free_scratch(below, self._held)
-        upload = Upload(Store(url), scratch)
-        if upload.manifest() is None:
+        destination = UrlDestination(url, _free_scratch(below, self._held), leads=False)
+        if destination.manifest() is None:
             raise InputError(
                 f"{url}: the node {socket.gethostname()} does not see what the driver has put there; do its "
                 "environment (AWS_ENDPOINT_URL_S3, AWS_PROFILE, ...) and the driver's name the same store?"
             )
-        job = StoreJob(replace(self._options, out=scratch), upload, Worker(job=self._job))
-        job.clear()
-        return job
+        destination.clear()
+        return destination
 
     def make(self, number: int) -> RunStats:
         """Make and commit a shard; all that this worker has committed so far.

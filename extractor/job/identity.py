@@ -7,9 +7,8 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
-import torch
-
 from cache_format.codecs import codec_named
+from cache_format.device import accelerators, name
 from extractor.config import ExtractOptions
 from extractor.job.plan import PLAN_VERSION
 from extractor.target.load_target import target_identity, tokenizer_identity
@@ -49,8 +48,8 @@ def inputs_identity(
 def software() -> dict[str, str]:
     """Versions and hardware of this run: they may change rounding, but a resume under others is only warned of."""
     versions = {name: metadata.version(name) for name in PACKAGES}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {**versions, "python": platform.python_version(), "device": device}
+    found = accelerators()
+    return {**versions, "python": platform.python_version(), "device": name(found[0]) if found else platform.machine()}
 
 
 def other_software(created_with: dict[str, str]) -> list[str]:

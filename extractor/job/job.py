@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,29 +14,27 @@ from cache_format.codecs.dtypes import torch_dtype
 from cache_format.errors import CacheError, InputError
 from cache_format.layout.manifest import MANIFEST_NAME, DataInfo, Manifest, TargetInfo, Totals, require_same_identity
 from cache_format.layout.samples import PreparedSamples, part_path
-from cache_format.layout.shard import shard_name
-from cache_format.storage.files import inside, make_folder, remove_temporaries
-from cache_format.storage.lock import writing
 from cache_format.upkeep.repair import LATER_IDENTITY
-from cache_format.writing.seal import describe_files, seal
+from cache_format.writing.seal import describe_files
 from extractor.config import DEFAULT_BATCH_TOKENS, ExtractOptions
 from extractor.data.dataset import open_source
 from extractor.data.prepare import prepare
+from extractor.job.destination import Destination
+from extractor.job.folder_destination import FolderDestination
 from extractor.job.identity import inputs_identity, other_software, software
-from extractor.job.out_folder import refuse_foreign_folder, require_space, shards_schema
+from extractor.job.out_folder import require_space, shards_schema
 from extractor.job.plan import Plan
 from extractor.job.report import ExtractReport, progress_note
-from extractor.job.resume import missing_shards, require_all_files
 from extractor.job.run import RunStats, ShardRunner
 from extractor.job.timeline import Timeline
+from extractor.job.url_destination import UrlDestination
 from extractor.job.worker import Worker
-from extractor.target.batch_budget import find_batch_tokens
-from extractor.target.forward import HiddenStateExtractor
+from extractor.target.backend import TargetBackend
 from extractor.target.layer_ids import chosen_layer_ids
-from extractor.target.load_extractor import load_extractor
+from extractor.target.load_backend import load_backend
 from extractor.target.load_target import TargetShape, load_config, load_tokenizer, resolve_device, resolve_dtype
 from extractor.target.target_files import write_target_files
-from extractor.target.tensor_parallel import Group, require_plan
+from extractor.target.tensor_parallel import Group, joined, require_plan
 from extractor.terminal.progress import Reporter, say
 
 PATIENCE_SECONDS = 30 * 60.0
@@ -62,12 +59,10 @@ def extract(
     Raises:
         DFlashCacheError: bad input (nothing written), another cache in ``out``, a refused write, non-finite states.
     """
-    if options.url is not None:
-        from extractor.job.store_job import extract_to_store
-
-        return extract_to_store(options, worker or Worker(), on_todo, on_stats)
-    with opened(options, worker or Worker(), on_todo, on_stats) as (job, alone):
-        return job.run(alone)
+    with opened(options, worker or Worker(), on_todo, on_stats) as job:
+        report = job.run()
+        job.destination.close(report.complete)
+        return report
 
 
 @contextmanager
@@ -76,36 +71,46 @@ def opened(
     worker: Worker,
     on_todo: Callable[[int], None] | None = None,
     on_stats: Callable[[RunStats], None] | None = None,
-) -> Iterator[tuple[Job, Callable[[], bool]]]:
-    """The job of a cache in a folder, with the folder's lock held; and whether this worker holds it alone.
+) -> Iterator[Job]:
+    """The job of ``options``, its inputs compared with the cache that may be there, which is held for writing.
 
     Raises:
         DFlashCacheError: as :func:`extract`; nothing was written.
     """
-    refuse_foreign_folder(options.out)
-    job = Job(options, worker, on_todo, on_stats)
-    if (options.out / MANIFEST_NAME).exists():
-        job.require_same_inputs(Manifest.read(options.out))
-    make_folder(options.out)
-    with job.grouped(), writing(options.out, worker.job, first=job.clear) as alone:
-        yield job, alone
+    destination = destination_of(options, worker)
+    destination.refuse_foreign()
+    job = Job(options, destination, worker, on_todo, on_stats)
+    stored = destination.manifest()
+    if stored is not None:
+        job.require_same_inputs(stored)
+    with joined(options.target, job.device) as job.group, destination.held():
+        yield job
+
+
+def destination_of(options: ExtractOptions, worker: Worker) -> Destination:
+    """Where ``options`` want the cache; at a URL each worker has a scratch folder of its own."""
+    if options.url is None:
+        return FolderDestination(options.out, worker.job)
+    return UrlDestination(options.url, options.out / f"worker-{worker.rank}", leads=worker.leads)
 
 
 class Job:
     """The inputs of one extraction, opened and identified; nothing is written before ``run``.
 
-    Its steps are what every engine is made of: :meth:`begun`, :meth:`prepared`, :meth:`plan`, :meth:`loaded`, seal.
+    Its steps are what every engine is made of: :meth:`begun`, :meth:`prepared`, :meth:`plan`, :meth:`loaded`,
+    :meth:`runner`; what they mean in a folder or at a URL, the destination knows.
     """
 
     def __init__(
         self,
         options: ExtractOptions,
+        destination: Destination,
         worker: Worker,
         on_todo: Callable[[int], None] | None = None,
         on_stats: Callable[[RunStats], None] | None = None,
     ):
-        self.options, self.out, self.worker = options, options.out, worker
-        self.where = str(options.out)
+        self.options, self.destination, self.worker = options, destination, worker
+        self.folder, self.where = destination.folder, destination.where
         self.on_todo, self.on_stats = on_todo, on_stats
         self.started = time.monotonic()
         self.timeline = Timeline(options.profile is not None)
@@ -139,35 +144,19 @@ class Job:
         later = {name: stored.identity[name] for name in (*LATER_IDENTITY, "batch_tokens") if name in stored.identity}
         require_same_identity(self.where, stored.identity, {**later, **self.identity})
 
-    @contextmanager
-    def grouped(self) -> Iterator[None]:
-        """With --tp-plan: join the processes that the target is divided over; they are let go once the work is done."""
-        if self.options.target.tp_plan:
-            self.group = Group(self.device)
-        yield
-        if self.group is not None:
-            self.group.stop()
-
     def say(self, text: str) -> None:
         """To the terminal, once a job."""
         if self.worker.leads:
             say(text)
 
-    def clear(self) -> None:
-        """Make the folders, and remove what killed processes left half-written; before any other worker is there."""
-        # Checked before anything is made or removed: a link would lead both out of the cache.
-        for folder in (self.out, *(inside(self.out, name) for name in ("samples", "shards", "target"))):
-            make_folder(folder)
-            remove_temporaries(folder)
-
-    def run(self, alone: Callable[[], bool]) -> ExtractReport:
+    def run(self) -> ExtractReport:
         """Do this worker's share, from whatever state the cache is in; the last worker brings it to state complete."""
         manifest, stats = self.begun(), RunStats()
         if manifest.state == "complete":
-            self.require_all_files(manifest)
+            self.destination.require_all_files(manifest)
             self.say(f"{self.where}: already complete, nothing to do")
         else:
-            stats, manifest = self._make(manifest, alone)
+            stats, manifest = self._make(manifest)
         return self.report(manifest, stats)
 
     def begun(self) -> Manifest:
@@ -178,10 +167,11 @@ class Job:
             InputError: the leading worker does not make anything.
         """
         if not self.worker.leads:
-            self.await_plan()
-        if not (self.out / MANIFEST_NAME).exists():
+            self._await_plan()
+        self.destination.begin()
+        if not (self.folder / MANIFEST_NAME).exists():
             return self.commit(self._begin())
-        manifest = Manifest.read(self.out)
+        manifest = Manifest.read(self.folder)
         self.require_same_inputs(manifest)
         changed = other_software(manifest.created_with)
         if changed and manifest.state != "complete":
@@ -205,23 +195,25 @@ class Job:
             complete=manifest.state == "complete",
         )
 
-    def await_plan(self) -> None:
+    def _await_plan(self) -> None:
         """Until the leading worker has prepared the samples and planned the shards.
 
         Raises:
             InputError: it has not made anything for half an hour.
         """
         seen, since = 0, time.monotonic()
-        while not (self.out / MANIFEST_NAME).exists() or Manifest.read(self.out).state == "preparing":
-            made = len(list((self.out / "samples").glob("*.arrow")))
+        while (manifest := self.destination.manifest()) is None or manifest.state == "preparing":
+            made = self.destination.parts_seen()
             if made != seen:
                 seen, since = made, time.monotonic()
             if time.monotonic() - since > PATIENCE_SECONDS:
                 raise InputError(
-                    f"{self.out}: worker {self.worker.rank} has waited {PATIENCE_SECONDS / 60:.0f} minutes for worker "
-                    "0 to prepare the samples and has not seen it make any; look at its output, then start all again"
+                    f"{self.where}: worker {self.worker.rank} has waited {PATIENCE_SECONDS / 60:.0f} minutes for "
+                    "worker 0 to prepare the samples and has not seen it make any; look at its output, then start all "
+                    "again. Where preparing takes long, run the command with one worker first, and stop it once "
+                    "shards are made"
                 )
-            time.sleep(0.2)
+            time.sleep(self.destination.poll_seconds)
 
     def _begin(self) -> Manifest:
         shape = self.shape
@@ -244,82 +236,52 @@ class Job:
             created_with=software(),
         )
 
-    def _make(self, manifest: Manifest, alone: Callable[[], bool]) -> tuple[RunStats, Manifest]:
+    def _make(self, manifest: Manifest) -> tuple[RunStats, Manifest]:
         samples = self.prepared(manifest)
         plan = self.plan(manifest, samples)
         share = self.worker.share(range(len(plan)))
         absent = self.require_room(manifest, plan, share)
         stats = RunStats()
         if absent or manifest.state == "preparing":
-            manifest, plan, extractor = self.loaded(manifest, samples, plan)
-        missing = self.missing(manifest, plan, share)
+            manifest, plan, backend = self.loaded(manifest, samples, plan)
+        missing = self.destination.missing(manifest.schema(), plan, share)
         if len(missing) < len(share):
             self.say(f"{self.where}: {len(share) - len(missing):,} of {len(share):,} shards are finished")
         if missing:
-            stats = self._run(self.runner(manifest, plan, samples, extractor), missing)
-        return stats, self.sealed() if alone() else Manifest.read(self.out)
+            stats = self._run(self.runner(manifest, plan, samples, backend), missing)
+        return stats, self.destination.seal() if self.destination.alone() else Manifest.read(self.folder)
 
     def require_room(self, manifest: Manifest, plan: Plan, share: list[int]) -> list[int]:
-        """Those of the shards ``share`` that have no file yet.
+        """Those of the shards ``share`` that are not there yet.
 
         Raises:
             InputError: the disk has no room for them.
         """
-        absent = [number for number in share if not (self.out / shard_name(number)).exists()]
-        missing_bytes = int(plan.shard_bytes(shards_schema(manifest))[absent].sum())
-        require_space(self.out, missing_bytes + self.embedding_bytes(manifest))
+        absent = self.destination.absent(share)
+        needed = self.destination.room(plan.shard_bytes(shards_schema(manifest))[absent])
+        if manifest.state == "preparing":
+            needed += self.shape.embedding_bytes(torch_dtype(self.dtype))
+        require_space(self.folder, needed)
         return absent
 
-    def embedding_bytes(self, manifest: Manifest) -> int:
-        """Of target/embeddings.safetensors, where it is still to be written."""
-        return self.shape.embedding_bytes(torch_dtype(self.dtype)) if manifest.state == "preparing" else 0
-
-    def missing(self, manifest: Manifest, plan: Plan, share: list[int]) -> list[int]:
-        """Those of the shards ``share`` still to be made; the others are as planned.
-
-        Raises:
-            CacheError: a shard that is there is damaged, or holds other samples than planned.
-        """
-        return missing_shards(self.out, manifest.schema(), plan, share)
-
-    def require_allowed(self) -> None:
-        """Whether this job may still write.
-
-        Raises:
-            LockedError: another one has taken over.
-        """
-
-    def current(self) -> Manifest:
-        """The manifest as it is now, another worker's perhaps."""
-        return Manifest.read(self.out)
-
-    def has_shard(self, number: int) -> bool:
-        """Whether shard ``number`` is committed, by whomever."""
-        return (self.out / shard_name(number)).exists()
-
     def commit(self, manifest: Manifest) -> Manifest:
-        """Commit the manifest, once the files that it names are; gives the one that is there now."""
-        manifest.write(self.out)
-        return manifest
-
-    def require_all_files(self, manifest: Manifest) -> None:
-        """Whether a cache of state complete still has every file.
+        """Commit the manifest, once the files that it names are; gives the one that is there now.
 
         Raises:
-            CacheError: one is missing.
+            MismatchError: another job, with other inputs, has begun a cache there meanwhile.
         """
-        require_all_files(self.out, manifest)
+        there = self.destination.commit(manifest)
+        self.require_same_inputs(there)
+        return there
 
-    def loaded(
-        self, manifest: Manifest, samples: PreparedSamples, plan: Plan
-    ) -> tuple[Manifest, Plan, HiddenStateExtractor]:
+    def loaded(self, manifest: Manifest, samples: PreparedSamples, plan: Plan) -> tuple[Manifest, Plan, TargetBackend]:
         """The target, loaded, and the manifest of state extracting: what only a loaded target can say is decided here.
 
         Raises:
             MismatchError: this target decides otherwise than the one that the cache was begun with.
         """
         self.say(f"loading target {self.options.target.name} ({self.dtype}) on {self.device}")
-        loaded = load_extractor(
+        backend = load_backend(
             self.options,
             dtype=torch_dtype(self.dtype),
             device=self.device,
@@ -327,32 +289,30 @@ class Job:
             longest=int(samples.num_tokens.max()),
             group=self.group,
         )
-        extractor, decided = loaded.extractor, dict(loaded.decided)
+        decided = dict(backend.decided)
         if manifest.state == "preparing":
             if self.options.plan.batch_tokens is None and "batch_tokens" not in manifest.identity:
-                found = find_batch_tokens(
-                    extractor, self.device, int(samples.num_tokens.max()), int(samples.num_tokens.sum())
-                )
+                longest, total = int(samples.num_tokens.max()), int(samples.num_tokens.sum())
+                found = backend.find_batch_tokens(self.device, longest, total)
                 self.say(f"--batch-tokens auto: {found:,}")
                 decided["batch_tokens"] = found
-            manifest = self.commit(self._planned(manifest, samples, plan, decided, loaded.embeddings))
+            manifest = self.commit(self._planned(manifest, samples, plan, decided, backend.embeddings))
             plan = self.plan(manifest, samples)
-        require_same_identity(self.out, manifest.identity, {**manifest.identity, **decided})
-        return manifest, plan, extractor
+        require_same_identity(self.where, manifest.identity, {**manifest.identity, **decided})
+        return manifest, plan, backend
 
-    def runner(
-        self, manifest: Manifest, plan: Plan, samples: PreparedSamples, extractor: HiddenStateExtractor
-    ) -> ShardRunner:
+    def runner(self, manifest: Manifest, plan: Plan, samples: PreparedSamples, backend: TargetBackend) -> ShardRunner:
         """What makes shards of this cache on this worker's device."""
         return ShardRunner(
-            cache=self.out,
+            cache=self.folder,
             schema=manifest.schema(),
             plan=plan,
             samples=samples,
-            extractor=extractor,
+            backend=backend,
             device=self.device,
             on_nonfinite=self.options.on_nonfinite,
             timeline=self.timeline,
+            on_commit=self.destination.on_commit(manifest.schema()),
         )
 
     def plan(self, manifest: Manifest, samples: PreparedSamples) -> Plan:
@@ -363,13 +323,6 @@ class Job:
             options = replace(options, batch_tokens=found)
         return Plan(samples.num_tokens, shards_schema(manifest).raw.token_bytes, options)
 
-    def sealed(self) -> Manifest:
-        """The manifest, of state complete if nothing is missing. Call it with the lock held alone."""
-        manifest = Manifest.read(self.out)
-        assert manifest.totals is not None
-        there = all((self.out / shard_name(number)).exists() for number in range(manifest.totals.shards))
-        return seal(self.out, manifest) if there and manifest.state != "complete" else manifest
-
     def prepared(self, manifest: Manifest) -> PreparedSamples:
         """The prepared samples, made or finished here while the state is preparing.
 
@@ -378,19 +331,16 @@ class Job:
             CacheError: they are not what the manifest says.
         """
         if manifest.totals is not None:
-            samples = PreparedSamples(self.out / "samples", manifest.totals.parts)
+            samples = PreparedSamples(self.folder / "samples", manifest.totals.parts)
             if samples.digest() != manifest.identity["samples"]:
                 raise CacheError(
-                    self.out / "samples", "is not what the manifest says; the prepared samples are damaged"
+                    self.folder / "samples", "is not what the manifest says; the prepared samples are damaged"
                 )
             return samples
         try:
             return self._prepare()
         except InputError:
-            # Rows that cannot be prepared have to change, and with them the identity: these parts are of no use.
-            if not any((self.out / "shards").iterdir()):
-                shutil.rmtree(self.out / "samples")
-                (self.out / MANIFEST_NAME).unlink()
+            self.destination.forget()
             raise
 
     def _prepare(self) -> PreparedSamples:
@@ -400,10 +350,10 @@ class Job:
                 self.source,
                 self.tokenizer,
                 self.options.prepare,
-                self.out / "samples",
+                self.folder / "samples",
                 progress=lambda done, _, kept: reporter.update(done, f"{kept:,} samples"),
             )
-        samples = PreparedSamples(self.out / "samples", parts)
+        samples = PreparedSamples(self.folder / "samples", parts)
         if not len(samples):
             dropped = _listed(samples.dropped)
             raise InputError(f"{self.source.name}: no sample is left to extract; dropped rows: {dropped}")
@@ -426,23 +376,23 @@ class Job:
         embeddings: nn.Module,
     ) -> Manifest:
         """The manifest of state extracting; the target's folder is written first."""
-        tied, scale = write_target_files(self.out, embeddings, self.config, self.tokenizer)
+        tied, scale = write_target_files(self.folder, embeddings, self.config, self.tokenizer)
         totals = Totals(
-            parts=sum(1 for _ in (self.out / "samples").glob("samples-*.arrow")),
+            parts=sum(1 for _ in (self.folder / "samples").glob("samples-*.arrow")),
             samples=len(samples),
             tokens=int(samples.num_tokens.sum()),
             loss_tokens=int(samples.num_loss_tokens.sum()),
             shards=len(plan),
         )
-        paths = [part_path(self.out / "samples", n) for n in range(totals.parts)]
-        paths += sorted(path for path in (self.out / "target").rglob("*") if path.is_file())
-        names = [path.relative_to(self.out).as_posix() for path in paths]
+        paths = [part_path(self.folder / "samples", n) for n in range(totals.parts)]
+        paths += sorted(path for path in (self.folder / "target").rglob("*") if path.is_file())
+        names = [path.relative_to(self.folder).as_posix() for path in paths]
         return manifest.extracting(
             {**manifest.identity, **decided, "samples": samples.digest()},
             target=replace(manifest.target, tie_word_embeddings=tied, embed_scale=scale),
             data=DataInfo(name=self.source.name, rows=samples.num_rows, dropped=dict(sorted(samples.dropped.items()))),
             totals=totals,
-            files=describe_files(self.out, names),
+            files=describe_files(self.folder, names),
         )
 
     def _run(self, runner: ShardRunner, missing: list[int]) -> RunStats:

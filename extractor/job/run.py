@@ -3,7 +3,7 @@
 Host memory is bounded: three shard buffers and one batch, whatever the dataset's size, and with a codec that works on
 the host two more. While the target works on one shard, background threads encode, checksum and commit those before;
 with all buffers busy the target waits for the disk.
-On CUDA the rows of a batch leave on a side stream while the next batch runs.
+On a device with streams the rows of a batch leave on one of their own while the next batch runs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from cache_format.codecs import RawCodec, RowCodec
 from cache_format.codecs.dtypes import DTYPES
 from cache_format.codecs.interface import ENERGY
+from cache_format.device import CPU, current_stream, has_streams, new_stream, on_stream, synchronize, to_host, used_on
 from cache_format.errors import DFlashCacheError
 from cache_format.layout.samples import PreparedSamples
 from cache_format.layout.shard import ShardSchema, shard_name
@@ -31,7 +33,7 @@ from cache_format.writing.encode import encode_buffer
 from cache_format.writing.shard_buffer import ShardBuffer
 from extractor.job.plan import Plan, ShardPlan
 from extractor.job.timeline import Timeline
-from extractor.target.forward import HiddenStateExtractor
+from extractor.target.backend import TargetBackend
 
 NUM_BUFFERS = 3
 """One being filled, two being written."""
@@ -86,7 +88,8 @@ class _ShardEnd:
     """bool ``[n, checked]``"""
     energy: Tensor | None
     """float64 ``[2, L]``: what a lossy codec measured"""
-    arrived: torch.cuda.Event | None
+    arrived: Any
+    """event; None: it is there"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,7 @@ class ShardRunner:
     schema: ShardSchema
     plan: Plan
     samples: PreparedSamples
-    extractor: HiddenStateExtractor
+    backend: TargetBackend
     device: torch.device
     on_nonfinite: str
     """``fail``, or ``quarantine``: leave the sample out of its shard"""
@@ -149,7 +152,7 @@ class ShardRunner:
             with self.timeline.device_span("forward", self.device):
                 self._forward(input_ids, lengths.tolist(), rows, extra, shard.number)
             with self.timeline.device_span("check", self.device):
-                nonfinite.append(self.extractor.nonfinite(rows, lengths.tolist(), extra))
+                nonfinite.append(self.backend.nonfinite(rows, lengths.tolist(), extra))
             device_rows.leave(places, self.timeline)
             stats.samples += len(lengths)
             stats.tokens += last - first
@@ -162,16 +165,16 @@ class ShardRunner:
         self, input_ids: Tensor, lengths: list[int], rows: Tensor, extra: dict[str, Tensor], number: int
     ) -> None:
         try:
-            self.extractor.forward(input_ids.to(self.device, non_blocking=True), lengths, rows, extra)
+            self.backend.forward(input_ids.to(self.device, non_blocking=True), lengths, rows, extra)
             return
         except torch.OutOfMemoryError as error:
-            if self.extractor.target.before_pass is not None:
-                # Others run the same pass and wait for this process in the middle of it.
+            if not self.backend.repeatable:
                 raise self._too_large(input_ids, number, error) from None
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
+        # Only here is the error gone, and with its traceback what the pass held.
+        synchronize(self.device)
+        self.backend.release_memory(self.device)
         try:
-            self.extractor.forward(input_ids.to(self.device), lengths, rows, extra)
+            self.backend.forward(input_ids.to(self.device), lengths, rows, extra)
         except torch.OutOfMemoryError as error:
             raise self._too_large(input_ids, number, error) from None
 
@@ -192,7 +195,7 @@ class ShardRunner:
             stored["loss_mask"].numpy()[first:stop] = sample.loss_mask
             input_ids[row, : len(sample.input_ids)] = stored["input_ids"][first:stop]
             first = stop
-        return input_ids.pin_memory() if self.device.type == "cuda" else input_ids
+        return input_ids.pin_memory() if has_streams(self.device) else input_ids
 
     def _finish(
         self,
@@ -236,7 +239,7 @@ class ShardRunner:
         sample_id = int(shard.sample_ids[position])
         raise NonFiniteError(
             f"sample {sample_id} (dataset row {self.samples.source_rows[sample_id]}, shard {shard.number}): the target "
-            f"gave NaN or Inf at {self.extractor.checked[column]}; nothing of this shard was stored. "
+            f"gave NaN or Inf at {self.backend.checked[column]}; nothing of this shard was stored. "
             "Try --dtype bfloat16 or float32, or --on-nonfinite quarantine to leave such samples out and list them."
         )
 
@@ -253,7 +256,7 @@ class Making:
         largest = int(runner.plan.shard_bytes(runner._filled)[numbers].max())
         self._free: queue.LifoQueue[ShardBuffer] = queue.LifoQueue()
         for _ in range(min(NUM_BUFFERS, len(numbers))):
-            self._free.put(ShardBuffer(largest, pin_memory=runner.device.type == "cuda"))
+            self._free.put(ShardBuffer(largest, pin_memory=has_streams(runner.device)))
         most_tokens = max(runner.plan.batch_tokens, int(runner.samples.num_tokens.max()))
         self._rows = _DeviceRows(runner._filled, runner.device, most_tokens)
         self._writing: deque[Future[tuple[int, float]]] = deque()
@@ -301,15 +304,15 @@ class Making:
 class _DeviceRows:
     """Memory on the device for the rows of a batch, and their way out of it.
 
-    On CUDA two such memories take turns: while one is copied to page-locked host memory on a side stream, the target
-    fills the other. On the CPU raw states are written to their place in the shard at once.
+    On a device with streams two such memories take turns: while one is copied to page-locked host memory on a side
+    stream, the target fills the other. On the CPU raw states are written to their place in the shard at once.
     """
 
     def __init__(self, schema: ShardSchema, device: torch.device, most_tokens: int):
         self._schema, self._device = schema, device
-        self._in_place = device.type == "cpu" and isinstance(schema.codec, RawCodec)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._copied: list[torch.cuda.Event | None] = [None, None]
+        self._in_place = device == CPU and isinstance(schema.codec, RawCodec)
+        self._stream: Any = new_stream(device) if has_streams(device) else None
+        self._copied: list[Any] = [None, None]
         self._turn = 0
         self._memories = [] if self._in_place else [self._memory(most_tokens) for _ in range(2 if self._stream else 1)]
         self._taken: dict[str, Tensor] = {}
@@ -324,19 +327,19 @@ class _DeviceRows:
         self._turn = (self._turn + 1) % len(self._memories)
         copied = self._copied[self._turn]
         if copied is not None:
-            torch.cuda.current_stream(self._device).wait_event(copied)
+            current_stream(self._device).wait_event(copied)
         self._taken = {name: tensor[:tokens] for name, tensor in self._memories[self._turn].items()}
         return self._taken["hidden_states"], {name: self._taken[name] for name in captures}
 
     def leave(self, places: dict[str, Tensor], timeline: Timeline) -> None:
-        """Encode what :meth:`take` gave and copy it to ``places``, on CUDA behind the next batch."""
+        """Encode what :meth:`take` gave and copy it to ``places``, with streams behind the next batch."""
         if self._in_place:
             return
         if self._stream is None:
             self._encode(places)
             return
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream), timeline.device_span("copy", self._device):
+        self._stream.wait_stream(current_stream(self._device))
+        with on_stream(self._device, self._stream), timeline.device_span("copy", self._device):
             self._encode(places)
         self._copied[self._turn] = self._stream.record_event()
 
@@ -345,16 +348,16 @@ class _DeviceRows:
         energy, self._energy = self._energy, None
         if self._stream is None:
             return _ShardEnd(nonfinite, energy, None)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            nonfinite.record_stream(self._stream)
-            host = _to_host(nonfinite)
-            energy = None if energy is None else _to_host(energy)
+        self._stream.wait_stream(current_stream(self._device))
+        with on_stream(self._device, self._stream):
+            used_on(nonfinite, self._stream)
+            host = to_host(nonfinite)
+            energy = None if energy is None else to_host(energy)
         return _ShardEnd(host, energy, self._stream.record_event())
 
     def busy(self) -> bool:
         """Whether the device still has work that it was given."""
-        return self._stream is not None and not torch.cuda.current_stream(self._device).query()
+        return self._stream is not None and not current_stream(self._device).query()
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""
@@ -375,11 +378,6 @@ class _DeviceRows:
         shapes["hidden_states"] = ((tokens, self._schema.states.width), self._schema.states.dtype)
         shapes |= {tensor.name: (tensor.shape(tokens), DTYPES[tensor.dtype]) for tensor in self._schema.captures}
         return {name: torch.empty(shape, dtype=dtype, device=self._device) for name, (shape, dtype) in shapes.items()}
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
 
 
 def _count_written(stats: RunStats, future: Future[tuple[int, float]]) -> None:

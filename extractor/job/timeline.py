@@ -12,19 +12,20 @@ from typing import Any
 
 import torch
 
+from cache_format.device import current_stream, has_streams, synchronize, timing_event
 from cache_format.storage.files import committed, write_all
 
 DEVICE_TRACK = "device"
 
 
 class Timeline:
-    """Spans by thread, and on CUDA by what the device did; costs next to nothing where ``enabled`` is False."""
+    """Spans by thread, and by what a device with streams did; costs next to nothing where ``enabled`` is False."""
 
     def __init__(self, enabled: bool = False):
         self.enabled = enabled
         self._spans: list[tuple[str, str, float, float]] = []
-        self._device_spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._origin: tuple[float, torch.cuda.Event] | None = None
+        self._device_spans: list[tuple[str, Any, Any]] = []
+        self._origin: tuple[torch.device, float, Any] | None = None
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -40,19 +41,19 @@ class Timeline:
 
     @contextmanager
     def device_span(self, name: str, device: torch.device) -> Iterator[None]:
-        """What the block gives the current stream of ``device`` to do, as long as that takes; on the CPU, a span."""
-        if not self.enabled or device.type != "cuda":
+        """As long as what the block gives the current stream of ``device`` to do takes; without streams, a span."""
+        if not self.enabled or not has_streams(device):
             with self.span(name):
                 yield
             return
-        stream = torch.cuda.current_stream(device)
+        stream = current_stream(device)
         if self._origin is None:
             stream.synchronize()
-            self._origin = time.perf_counter(), stream.record_event(torch.cuda.Event(enable_timing=True))
-        begin = stream.record_event(torch.cuda.Event(enable_timing=True))
+            self._origin = device, time.perf_counter(), timing_event(device, stream)
+        begin = timing_event(device, stream)
         with self.span(f"launch {name}"):
             yield
-        self._device_spans.append((name, begin, stream.record_event(torch.cuda.Event(enable_timing=True))))
+        self._device_spans.append((name, begin, timing_event(device, stream)))
 
     def write(self, path: Path) -> None:
         """Write the spans as a Chrome trace.
@@ -62,8 +63,8 @@ class Timeline:
         """
         spans = list(self._spans)
         if self._origin is not None:
-            torch.cuda.synchronize()
-            zero, first = self._origin
+            device, zero, first = self._origin
+            synchronize(device)
             for name, begin, end in self._device_spans:
                 times = (zero + first.elapsed_time(event) / 1e3 for event in (begin, end))
                 spans.append((name, DEVICE_TRACK, *times))

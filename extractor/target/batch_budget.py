@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import torch
 
+from cache_format.device import forget_peak, has_streams, peak_share, release_memory, synchronize
 from extractor.config import DEFAULT_BATCH_TOKENS
-from extractor.target.forward import HiddenStateExtractor, row_memory
+from extractor.target.backend import TargetBackend
 
 MOST_BATCH_TOKENS = 131_072
 """Larger passes are no faster: matrices of this many rows keep any device busy."""
@@ -35,38 +36,37 @@ def largest_fitting(fits: Callable[[int], bool], most: int) -> int:
     return tokens
 
 
-def find_batch_tokens(extractor: HiddenStateExtractor, device: torch.device, longest: int, total: int) -> int:
+def find_batch_tokens(backend: TargetBackend, device: torch.device, longest: int, total: int) -> int:
     """Tokens of a batch for a target on ``device``; 8192 on the CPU, where memory is not what limits it.
 
     Args:
         longest: tokens of the longest sample.
         total: tokens of all samples.
     """
-    if device.type != "cuda":
+    if not has_streams(device):
         return DEFAULT_BATCH_TOKENS
 
     def fits(tokens: int) -> bool:
         rows = max(1, tokens // longest)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        release_memory(device)
+        forget_peak(device)
         try:
-            run_once(extractor, rows, longest, device)
+            run_once(backend, rows, longest, device)
         except torch.OutOfMemoryError:
             return False
         finally:
-            torch.cuda.synchronize(device)
-        _, whole = torch.cuda.mem_get_info(device)
-        return torch.cuda.max_memory_reserved(device) <= USABLE_SHARE * whole
+            synchronize(device)
+        return peak_share(device) <= USABLE_SHARE
 
     found = largest_fitting(fits, total)
-    torch.cuda.empty_cache()
+    release_memory(device)
     return found
 
 
-def run_once(extractor: HiddenStateExtractor, rows: int, longest: int, device: torch.device) -> None:
+def run_once(backend: TargetBackend, rows: int, longest: int, device: torch.device) -> None:
     """One pass over ``rows`` rows of ``longest`` tokens with all that a run needs beside it, captures included."""
     # Two memories: one is copied to the host while the other is filled.
-    (out, extra), _other = (row_memory(extractor, rows * longest, device) for _ in range(2))
+    (out, extra), _other = (backend.row_memory(rows * longest, device) for _ in range(2))
     input_ids = torch.zeros(rows, longest, dtype=torch.int64, device=device)
-    extractor.forward(input_ids, [longest] * rows, out, extra)
-    extractor.nonfinite(out, [longest] * rows, extra)
+    backend.forward(input_ids, [longest] * rows, out, extra)
+    backend.nonfinite(out, [longest] * rows, extra)

@@ -46,7 +46,7 @@ class HFDFlashTargetModel:
         self.target_layer_ids = self._validate_layer_ids(target_layer_ids)
         self.capture_logits = capture_logits
         self.before_pass: Callable[..., None] | None = None
-        """called before each pass of HiddenStateExtractor; see engine/tensor_parallel.py"""
+        """called before each pass of TransformersBackend; see tensor_parallel.py"""
 
     def _num_hidden_layers(self) -> int:
         config: Any = self.model.config

@@ -13,11 +13,10 @@ import torch
 import xxhash
 from torch import nn
 
+from cache_format.device import CPU, accelerators, count, parse
 from cache_format.errors import InputError
 from cache_format.storage.file_info import file_info
 from extractor.config import TargetOptions
-
-CPU = torch.device("cpu")
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
@@ -189,31 +188,32 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """``auto`` (CUDA where there is one: the ``local_rank``-th device), ``cpu``, ``cuda`` or ``cuda:1``.
+    """``auto`` (the ``local_rank``-th accelerator, else the CPU), ``cpu``, or such as ``cuda`` and ``cuda:1``.
 
     Raises:
         InputError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda", local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else CPU
+        found = accelerators()
+        return found[local_rank % len(found)] if found else CPU
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+        device = parse(name)
+    except ValueError as error:
+        raise InputError(f"--device {error}, or auto") from None
+    if (device.index or 0) >= count(device.type):
+        raise InputError(f"--device {name}: this machine has {count(device.type)} {device.type.upper()} devices")
     return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:
-    """``auto`` is bfloat16 on CUDA and float32 on the CPU.
+    """``auto`` is bfloat16 on an accelerator and float32 on the CPU.
 
     Raises:
         InputError: not a dtype that can be stored.
     """
     known = ("float32", "bfloat16", "float16")
     if name == "auto":
-        return "bfloat16" if device.type == "cuda" else "float32"
+        return "float32" if device == CPU else "bfloat16"
     if name not in known:
         raise InputError(f"--dtype {name!r} is not one of auto, {', '.join(known)}")
     return name

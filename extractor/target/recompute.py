@@ -14,9 +14,9 @@ from cache_format.layout.manifest import require_same_identity
 from cache_format.layout.shard import shard_name
 from cache_format.reading.feature_cache import FeatureCache
 from cache_format.upkeep.verify import Problem
-from extractor.target.forward import HiddenStateExtractor
-from extractor.target.hooks import HFDFlashTargetModel
-from extractor.target.load_target import load_config, load_target, resolve_device, target_identity
+from extractor.target.backend import TargetBackend
+from extractor.target.load_backend import load_backend_of
+from extractor.target.load_target import load_config, resolve_device, target_identity
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference, as a share of a layer's RMS in the sample, that passes as rounding: a sample is run alone here
@@ -51,22 +51,14 @@ def recompute(
     config = load_config(target_name, None, trust_remote_code)
     found = {f"target.{name}": value for name, value in target_identity(target_name, None, config).items()}
     require_same_identity(cache, manifest.identity, {**manifest.identity, **found})
-    model = load_target(
-        target_name,
-        revision=None,
-        dtype=manifest.torch_dtype,
-        device=resolve_device(device),
-        attn_implementation=manifest.identity["attn_implementation"],
-        trust_remote_code=trust_remote_code,
-    )
-    hooked = HFDFlashTargetModel(model, manifest.target_layer_ids)
-    extractor = HiddenStateExtractor(hooked, manifest.identity["padding"])
+    on = resolve_device(device)
+    backend = load_backend_of(manifest, target_name, on, trust_remote_code=trust_remote_code)
     chosen = np.random.RandomState(0).permutation(len(opened))[:count]
     # Rounding and the codec's error are independent; neither makes up for the other.
     tolerance = TOLERANCE[manifest.torch_dtype] + codec_named(manifest.codec["name"]).relative_error
     largest, problems = 0.0, []
     for i in chosen.tolist():
-        error, layer = _largest_error(opened, i, extractor)
+        error, layer = _largest_error(opened, i, backend, on)
         largest = max(largest, error)
         if not error <= tolerance:
             number, sample = int(opened.index.shard[i]), int(opened.index.sample_id[i])
@@ -76,12 +68,11 @@ def recompute(
     return RecomputeReport(samples=len(chosen), largest_error=largest, tolerance=tolerance, problems=problems)
 
 
-def _largest_error(cache: FeatureCache, i: int, extractor: HiddenStateExtractor) -> tuple[float, int]:
+def _largest_error(cache: FeatureCache, i: int, backend: TargetBackend, device: torch.device) -> tuple[float, int]:
     """RMS of the difference over RMS, at the layer where it is largest, and that layer's id."""
     sample, layer_ids = cache[i], cache.target_layer_ids
-    device = extractor.target.get_input_embeddings().weight.device
     again = torch.empty(sample.hidden_states.shape[1:], dtype=sample.hidden_states.dtype, device=device)
-    extractor.forward(sample.input_ids.to(device), [len(again)], again)
+    backend.forward(sample.input_ids.to(device), [len(again)], again)
     stored = sample.hidden_states[0].float().view(len(again), len(layer_ids), -1)
     difference = again.cpu().float().view_as(stored) - stored
     errors = difference.square().mean((0, 2)).sqrt() / stored.square().mean((0, 2)).sqrt()

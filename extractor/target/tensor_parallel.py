@@ -8,30 +8,43 @@ missing, which batches, trials at the start), the others follow without knowing 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.rendezvous import rendezvous
 
 from cache_format.codecs.dtypes import torch_dtype
-from cache_format.errors import InputError
+from cache_format.device import collective_backend, select
+from cache_format.errors import DFlashCacheError, InputError
 from cache_format.layout.captures import Captures
-from extractor.config import ExtractOptions
+from extractor.config import ExtractOptions, TargetOptions
 from extractor.target.deterministic import be_deterministic
-from extractor.target.forward import MASKED, UNMASKED, HiddenStateExtractor, row_memory
 from extractor.target.hooks import HFDFlashTargetModel
 from extractor.target.layer_ids import chosen_layer_ids
 from extractor.target.load_target import TargetShape, load_config, load_wanted, resolve_device, resolve_dtype
+from extractor.target.transformers_backend import MASKED, UNMASKED, TransformersBackend
 
 _STOP, _LOAD, _PASS = range(3)
 _HEADER = 5
-"""int64: what, masked, with captures, rows, tokens a row"""
+"""Numbers: what, masked, with captures, rows, tokens a row."""
+
+_MEETING = timedelta(minutes=30)
+"""How long a process waits for the others to start."""
 
 _PATIENCE = timedelta(days=7)
-"""The others wait for as long as rank 0 prepares samples, or the disk holds it up."""
+"""Of a collective: a disk may hold rank 0 up in the middle of a pass."""
+
+_LOOK_UP = timedelta(seconds=1)
+"""How often a waiting process looks whether it got a signal."""
+
+_SECONDS_TO_LEAVE = 5.0
+"""How long a process waits for the others before it leaves the group, less than a signal gives it."""
 
 
 def world_size() -> int:
@@ -65,37 +78,52 @@ def require_plan(config: Any) -> None:
 
 
 class Group:
-    """The processes that share one target; everything sent goes from rank 0 to all."""
+    """The processes that share one target. What rank 0 wants is said through the store that they met at; a context
+    manager, whose end destroys the group in every case: its threads must not outlive the interpreter.
+
+    The others wait at the store, where a signal finds them, and not in a collective, where none would.
+    """
 
     def __init__(self, device: torch.device):
+        """Meet the other processes of torchrun."""
         self.device = device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        if not distributed.is_initialized():
-            distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+        select(device)
+        store, self.rank, self.size = next(iter(rendezvous("env://", timeout=_MEETING)))
+        distributed.init_process_group(
+            collective_backend(device), store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE
+        )
+        self._store = distributed.PrefixStore("dflash-cache", store)
+        self._said = 0
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        # A store that does not answer any more has lost its process, and the others with it.
+        with suppress(RuntimeError):
+            if self.rank == 0:
+                self._say(_STOP)
+            self._store.add("left", 1)
+            if kind is None:
+                self._await_the_others()
+        distributed.destroy_process_group()
 
     def load(self) -> None:
         """Rank 0: have the others load their parts, as this process is about to."""
-        self._send(_LOAD)
+        self._say(_LOAD)
 
     def announce(self, input_ids: Tensor, lengths: Sequence[int], padding: str, captures: Captures) -> None:
         """Rank 0: have the others run the pass that this process is about to run."""
         rows, longest = input_ids.shape
-        self._send(_PASS, padding == MASKED, captures != Captures(), rows, longest)
+        self._say(_PASS, padding == MASKED, captures != Captures(), rows, longest)
         distributed.broadcast(torch.tensor(lengths, device=self.device), 0)
         distributed.broadcast(input_ids.contiguous(), 0)
 
-    def stop(self) -> None:
-        """Rank 0: let the others go."""
-        self._send(_STOP)
-
     def follow(self, options: ExtractOptions) -> None:
-        """The other ranks: do what rank 0 says, until it says that it is done."""
+        """The other ranks: do what rank 0 says, until it says that it is done, or has failed and said why."""
         target: HFDFlashTargetModel | None = None
         while True:
-            header = torch.zeros(_HEADER, dtype=torch.int64, device=self.device)
-            distributed.broadcast(header, 0)
-            what, masked, captured, rows, longest = header.tolist()
+            what, masked, captured, rows, longest = self._heard()
             if what == _STOP:
                 return
             if what == _LOAD:
@@ -107,13 +135,33 @@ class Group:
             distributed.broadcast(input_ids, 0)
             assert target is not None
             captures = options.capture if captured else Captures()
-            extractor = HiddenStateExtractor(target, MASKED if masked else UNMASKED, captures)
-            out, extra = row_memory(extractor, int(lengths.sum()), self.device)
-            extractor.forward(input_ids, lengths.tolist(), out, extra)
+            backend = TransformersBackend(target, MASKED if masked else UNMASKED, captures)
+            out, extra = backend.row_memory(int(lengths.sum()), self.device)
+            backend.forward(input_ids, lengths.tolist(), out, extra)
 
-    def _send(self, *numbers: int) -> None:
-        header = [*map(int, numbers), *[0] * (_HEADER - len(numbers))]
-        distributed.broadcast(torch.tensor(header, device=self.device), 0)
+    def _say(self, *numbers: int) -> None:
+        numbers = (*map(int, numbers), *[0] * (_HEADER - len(numbers)))
+        self._store.set(f"said {self._said}", ",".join(map(str, numbers)))
+        self._said += 1
+
+    def _heard(self) -> list[int]:
+        key = f"said {self._said}"
+        while True:
+            with suppress(distributed.DistStoreError):
+                self._store.wait([key], _LOOK_UP)
+                break
+        numbers = [int(text) for text in self._store.get(key).split(b",")]
+        if self._store.add(f"heard {self._said}", 1) == self.size - 1:
+            self._store.delete_key(key)
+            self._store.delete_key(f"heard {self._said}")
+        self._said += 1
+        return numbers
+
+    def _await_the_others(self) -> None:
+        """Until they are done with the group too, or are not to be waited for: one may be gone."""
+        deadline = time.monotonic() + _SECONDS_TO_LEAVE
+        while self._store.add("left", 0) < self.size and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def _load(self, options: ExtractOptions) -> HFDFlashTargetModel:
         target = options.target
@@ -121,17 +169,41 @@ class Group:
             be_deterministic()
         config = load_config(target.name, target.revision, target.trust_remote_code)
         dtype = torch_dtype(resolve_dtype(target.dtype, self.device))
-        model = load_wanted(target, dtype, self.device, tp_size=world_size())
+        model = load_wanted(target, dtype, self.device, tp_size=self.size)
         whole_embeddings(model)
-        hooked = HFDFlashTargetModel(model, chosen_layer_ids(target, TargetShape.from_config(config).num_hidden_layers))
+        layer_ids = chosen_layer_ids(target, TargetShape.from_config(config).num_hidden_layers)
+        hooked = HFDFlashTargetModel(model, layer_ids)
         if target.compile:
             hooked.compile()
         return hooked
 
 
+@contextmanager
+def joined(target: TargetOptions, device: torch.device) -> Iterator[Group | None]:
+    """Rank 0's part of the group that ``target`` is divided over; None where it is not divided."""
+    if target.tp_plan is None:
+        yield None
+        return
+    with Group(device) as group:
+        yield group
+
+
 def follow(options: ExtractOptions) -> None:
-    """A rank other than 0, from beginning to end."""
-    Group(resolve_device(options.target.device, int(os.environ.get("LOCAL_RANK", 0)))).follow(options)
+    """A rank other than 0, from beginning to end.
+
+    Raises:
+        DFlashCacheError: another process of the group is gone.
+    """
+    device = resolve_device(options.target.device, int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        with Group(device) as group:
+            group.follow(options)
+    except RuntimeError as error:
+        if "Connection" not in str(error):
+            raise
+        raise DFlashCacheError(
+            f"--tp-plan: another process of the group is gone ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def whole_embeddings(model: Any) -> Any:

@@ -1,34 +1,22 @@
-"""The target of an extraction: loaded, hooked, tried out on padding, ready to run batches."""
+"""The backend of an extraction or of a recompute: the target loaded, hooked, tried out on padding."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import nn
 
 from cache_format.errors import InputError
+from cache_format.layout.manifest import Manifest
 from extractor.config import ExtractOptions
+from extractor.target.backend import TargetBackend
 from extractor.target.deterministic import be_deterministic
-from extractor.target.forward import HiddenStateExtractor, padding_mode
 from extractor.target.hooks import HFDFlashTargetModel
-from extractor.target.load_target import load_wanted
-from extractor.target.tensor_parallel import Group, whole_embeddings, world_size
+from extractor.target.load_target import load_target, load_wanted
+from extractor.target.padding import padding_mode
+from extractor.target.tensor_parallel import Group, whole_embeddings
+from extractor.target.transformers_backend import TransformersBackend
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadedExtractor:
-    """What loading gives."""
-
-    extractor: HiddenStateExtractor
-    embeddings: nn.Module
-    """the target, or with a divided one a stand-in, whose input and output embeddings are whole"""
-    decided: dict[str, Any]
-    """the part of the identity that only the loaded target decides"""
-
-
-def load_extractor(
+def load_backend(
     options: ExtractOptions,
     *,
     dtype: torch.dtype,
@@ -36,7 +24,7 @@ def load_extractor(
     target_layer_ids: list[int],
     longest: int,
     group: Group | None,
-) -> LoadedExtractor:
+) -> TargetBackend:
     """Load the target that ``options`` name; of a divided one, this process's part.
 
     Args:
@@ -55,19 +43,31 @@ def load_extractor(
         be_deterministic()
     if group is not None:
         group.load()
-    model = load_wanted(wanted, dtype, device, tp_size=None if group is None else world_size())
+    model = load_wanted(wanted, dtype, device, tp_size=None if group is None else group.size)
     embeddings = model if group is None else whole_embeddings(model)
     target = HFDFlashTargetModel(model, target_layer_ids)
     target.before_pass = None if group is None else group.announce
     if wanted.compile:
         target.compile()
-    padding = _padding_mode(target, longest)
-    attention = getattr(model.config, "_attn_implementation", None) or "eager"
-    return LoadedExtractor(
-        extractor=HiddenStateExtractor(target, padding, options.capture),
-        embeddings=embeddings,
-        decided={"attn_implementation": attention, "padding": padding},
+    return TransformersBackend(target, _padding_mode(target, longest), options.capture, embeddings)
+
+
+def load_backend_of(manifest: Manifest, name: str, device: torch.device, *, trust_remote_code: bool) -> TargetBackend:
+    """Load target ``name`` as the cache of ``manifest`` was made with it, hidden_states alone.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    model = load_target(
+        name,
+        revision=None,
+        dtype=manifest.torch_dtype,
+        device=device,
+        attn_implementation=manifest.identity["attn_implementation"],
+        trust_remote_code=trust_remote_code,
     )
+    target = HFDFlashTargetModel(model, manifest.target_layer_ids)
+    return TransformersBackend(target, manifest.identity["padding"])
 
 
 def _padding_mode(target: HFDFlashTargetModel, longest: int) -> str:

@@ -1,0 +1,114 @@
+"""A cache in a folder: files are made where they stay, workers share its lock."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from cache_format.layout.manifest import MANIFEST_NAME, Manifest
+from cache_format.layout.shard import ShardSchema, shard_name
+from cache_format.storage.files import inside, make_folder, remove_temporaries
+from cache_format.storage.lock import writing
+from cache_format.writing.seal import seal
+from extractor.job.destination import Destination
+from extractor.job.out_folder import refuse_foreign_folder
+from extractor.job.plan import Plan
+from extractor.job.resume import missing_shards, require_all_files
+
+
+class FolderDestination(Destination):
+    """See :class:`Destination`."""
+
+    shared = True
+    poll_seconds = 0.2
+
+    def __init__(self, folder: Path, job: str | None):
+        """``job``: names the lock that the workers of a job share; None: there is one worker."""
+        self.folder, self.where, self._job = folder, str(folder), job
+        self._alone: Callable[[], bool] = lambda: True
+
+    def refuse_foreign(self) -> None:
+        """See :class:`Destination`."""
+        refuse_foreign_folder(self.folder)
+
+    def manifest(self) -> Manifest | None:
+        """See :class:`Destination`."""
+        return Manifest.read(self.folder) if (self.folder / MANIFEST_NAME).exists() else None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """See :class:`Destination`."""
+        make_folder(self.folder)
+        with writing(self.folder, self._job, first=lambda: clear(self.folder)) as alone:
+            self._alone = alone
+            yield
+
+    def alone(self) -> bool:
+        """See :class:`Destination`."""
+        return self._alone()
+
+    def allowed(self) -> None:
+        """See :class:`Destination`; a lock cannot be taken away."""
+
+    def begin(self) -> None:
+        """See :class:`Destination`; it is the same folder."""
+
+    def parts_seen(self) -> int:
+        """See :class:`Destination`."""
+        return len(list((self.folder / "samples").glob("*.arrow")))
+
+    def commit(self, manifest: Manifest) -> Manifest:
+        """See :class:`Destination`."""
+        manifest.write(self.folder)
+        return manifest
+
+    def forget(self) -> None:
+        """See :class:`Destination`."""
+        if not any((self.folder / "shards").iterdir()):
+            shutil.rmtree(self.folder / "samples")
+            (self.folder / MANIFEST_NAME).unlink()
+
+    def has_shard(self, number: int) -> bool:
+        """See :class:`Destination`."""
+        return (self.folder / shard_name(number)).exists()
+
+    def absent(self, numbers: Iterable[int]) -> list[int]:
+        """See :class:`Destination`."""
+        return [number for number in numbers if not self.has_shard(number)]
+
+    def missing(self, schema: ShardSchema, plan: Plan, numbers: Iterable[int]) -> list[int]:
+        """See :class:`Destination`."""
+        return missing_shards(self.folder, schema, plan, numbers)
+
+    def room(self, shard_bytes: np.ndarray) -> int:
+        """See :class:`Destination`."""
+        return int(shard_bytes.sum())
+
+    def on_commit(self, schema: ShardSchema) -> None:
+        """See :class:`Destination`."""
+
+    def seal(self) -> Manifest:
+        """See :class:`Destination`."""
+        manifest = Manifest.read(self.folder)
+        assert manifest.totals is not None
+        there = all(map(self.has_shard, range(manifest.totals.shards)))
+        return seal(self.folder, manifest) if there and manifest.state != "complete" else manifest
+
+    def require_all_files(self, manifest: Manifest) -> None:
+        """See :class:`Destination`."""
+        require_all_files(self.folder, manifest)
+
+    def close(self, complete: bool) -> None:
+        """See :class:`Destination`."""
+
+
+def clear(folder: Path) -> None:
+    """Make the folders of a cache and remove what killed processes left half-written, before any other worker comes."""
+    # Checked before anything is made or removed: a link would lead both out of the cache.
+    for path in (folder, *(inside(folder, name) for name in ("samples", "shards", "target"))):
+        make_folder(path)
+        remove_temporaries(path)
