@@ -6,11 +6,12 @@ import copy
 import functools
 import json
 import os
-import subprocess
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
+import commands
 import jobs
 import pytest
 from s3 import _proxy, bucket, proxy, s3, s3_port  # noqa: F401
@@ -18,6 +19,9 @@ from s3 import _proxy, bucket, proxy, s3, s3_port  # noqa: F401
 ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT / "scripts", ROOT / "tests"):
     sys.path.insert(0, str(folder))
+
+# A shell's background jobs ignore Ctrl-C, and so would every process that tests send one.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports datasets: no network, and nothing left in the user's cache folder.
 _datasets_cache = tempfile.TemporaryDirectory(prefix="dflash-cache-tests-")
@@ -74,7 +78,7 @@ def job(tiny_target, demo_jsonl) -> list[str]:
 def made(job, tmp_path_factory) -> Path:
     """A complete cache of that job, made by the command as a process of its own."""
     out = tmp_path_factory.mktemp("made") / "cache"
-    subprocess.run([sys.executable, "-m", "extractor", "extract", *job, "--out", out], check=True)
+    commands.made("extract", *job, "--out", out)
     return out
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import prove_offline
 import pytest
 import torch
@@ -126,7 +127,7 @@ def single(job, tmp_path_factory) -> FeatureCache:
     """A cache for which every sample went through the target alone."""
     out = tmp_path_factory.mktemp("single") / "cache"
     arguments = [*job, "--limit", "40", "--batch-tokens", "1", "--out", out]
-    subprocess.run([sys.executable, "-m", "extractor", "extract", *arguments], check=True, capture_output=True)
+    commands.made("extract", *arguments)
     return FeatureCache.open(out)
 
 

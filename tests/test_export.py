@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -33,8 +34,7 @@ def source(job, tmp_path_factory) -> Path:
     """A cache with last_hidden_states and the target's last layer, bfloat16, in a few shards."""
     out = tmp_path_factory.mktemp("export") / "cache"
     options = ["--target-layers", "0,2,5", "--capture", "last_hidden_states", "--dtype", "bfloat16", "--limit", "40"]
-    command = [sys.executable, "-m", "extractor", "extract", *job, *options, "--shard-size", "1MiB", "--out", out]
-    subprocess.run(command, check=True)
+    commands.made("extract", *job, *options, "--shard-size", "1MiB", "--out", out)
     assert Manifest.read(out).totals.shards > 2
     return out
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
+from multiprocessing.util import Finalize
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -283,28 +284,26 @@ def test_reports_as_json(job, tmp_path, cli):
     assert report["run"]["shards"] == report["shards"]
 
 
+def say_peak_memory() -> None:
+    """As the command ends; in KiB."""
+    Finalize(None, lambda: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True), exitpriority=0)
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_dataset(tiny_target, demo_jsonl, tmp_path):
     """Peak resident memory of the whole command at 1x and 10x the rows."""
     lines = demo_jsonl.read_text().splitlines(keepends=True)
     (tmp_path / "big.jsonl").write_text("".join(lines * 20))
-    code = (
-        "import resource, sys; from extractor.cli.app import app; app(standalone_mode=False);"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
     peaks = []
     for limit in (600, 6000):
         arguments = [
             *("extract", "--target", tiny_target, "--data", tmp_path / "big.jsonl", "--target-layers", "1,2,3"),
             *("--limit", limit, "--shard-size", "8MiB", "--out", tmp_path / str(limit), "--device", "cpu"),
         ]
-        result = subprocess.run(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        peaks.append(int(result.stdout.split()[-1]) / 1024)
+        process = commands.start(*arguments, before=say_peak_memory)
+        out, errors = process.communicate()
+        assert process.returncode == 0, errors
+        peaks.append(int(out.split()[-1]) / 1024)
         assert (tmp_path / str(limit) / "index.arrow").exists()
     print(f"peak MiB at 600 and 6,000 rows: {peaks}")
     assert peaks[1] < peaks[0] + 100

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import commands
 import pytest
 from jobs import contents
 from s3 import objects
@@ -55,16 +55,16 @@ def long_job(job, demo_jsonl, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(one_thread, long_job, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("ray") / "cache"
-    subprocess.run([*EXTRACT, *long_job, "--out", out], check=True)
+    commands.made("extract", *long_job, "--out", out)
     return out
 
 
-def start(job: list[str], out: Path | str, cluster, *options: str) -> subprocess.Popen:
+def start(job: list[str], out: Path | str, cluster, *options: str) -> commands.Command:
     arguments = [*job, "--out", str(out), "--engine", "ray", "--address", cluster.address, *options]
-    return subprocess.Popen([*EXTRACT, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return commands.start("extract", *arguments)
 
 
-def wait_for_shards(process: subprocess.Popen, out: Path, count: int) -> None:
+def wait_for_shards(process: commands.Command, out: Path, count: int) -> None:
     while len(list((out / "shards").glob("shard-*"))) < count:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)

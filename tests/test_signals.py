@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import subprocess
-import sys
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import commands
 import pytest
 from jobs import contents
 
@@ -19,20 +20,19 @@ from cache_format.layout.samples import read_part
 from cache_format.upkeep.verify import verify
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
-SLOW_DISK = """
-import os, sys, threading, time
-from extractor.cli import main
-fsync = os.fsync
 
-def hanging(descriptor):
-    if threading.current_thread() is not threading.main_thread():
-        print("hanging", flush=True)
-        time.sleep(60)
-    fsync(descriptor)
 
-os.fsync = hanging
-main()
-"""
+def hanging_disk() -> None:
+    """Every fsync of a writer thread takes a minute, and says so."""
+    fsync = os.fsync
+
+    def hanging(descriptor: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            print("hanging", flush=True)
+            time.sleep(60)
+        fsync(descriptor)
+
+    os.fsync = hanging
 
 
 @pytest.fixture(scope="module")
@@ -44,26 +44,22 @@ def long_job(job) -> list[str]:
 @pytest.fixture(scope="module")
 def uninterrupted(long_job, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("signals") / "cache"
-    assert subprocess.run(command(long_job, out)).returncode == 0
+    commands.made("extract", *long_job, "--out", out)
     return out
 
 
-def command(job: list[str], out: Path, *python: str) -> list[str]:
-    return [sys.executable, *(python or ("-m", "extractor")), "extract", *job, "--out", str(out)]
+def start(job: list[str], out: Path, before: Callable[[], None] | None = None) -> commands.Command:
+    return commands.start("extract", *job, "--out", out, before=before)
 
 
-def start(job: list[str], out: Path, *python: str) -> subprocess.Popen:
-    return subprocess.Popen(command(job, out, *python), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for(process: subprocess.Popen, folder: Path, pattern: str, count: int) -> None:
+def wait_for(process: commands.Command, folder: Path, pattern: str, count: int) -> None:
     """Until ``folder`` holds that many such files."""
     while len(list(folder.glob(pattern))) < count:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.002)
 
 
-def stop(process: subprocess.Popen, number: signal.Signals, job: list[str], out: Path) -> float:
+def stop(process: commands.Command, number: signal.Signals, job: list[str], out: Path) -> float:
     """Send the signal and check the code and the last words; seconds until the process was gone."""
     began = time.monotonic()
     process.send_signal(number)
@@ -93,7 +89,7 @@ def test_stopped_in_mid_extraction_and_resumed(number, long_job, uninterrupted, 
     cache = FeatureCache.open(out, allow_incomplete=True)
     assert sum(cache[i].input_ids.shape[1] for i in range(len(cache))) > 0
     kept = {name: (out / name).stat().st_mtime_ns for name in shards}
-    assert subprocess.run(command(long_job, out)).returncode == 0
+    commands.made("extract", *long_job, "--out", out)
     assert contents(out) == whole
     assert {name: (out / name).stat().st_mtime_ns for name in shards} == kept, "finished shards are not made again"
 
@@ -101,8 +97,8 @@ def test_stopped_in_mid_extraction_and_resumed(number, long_job, uninterrupted, 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_hanging_disk_is_waited_for_only_so_long(number, long_job, uninterrupted, tmp_path):
     out = tmp_path / "cache"
-    process = start(long_job, out, "-c", SLOW_DISK)
-    assert process.stdout.readline() == "hanging\n"
+    process = start(long_job, out, hanging_disk)
+    commands.wait_for(lambda: process.stdout.read_text() == "hanging\n")
     if number == signal.SIGINT:
         process.send_signal(number)
         time.sleep(0.5)
@@ -111,7 +107,7 @@ def test_a_hanging_disk_is_waited_for_only_so_long(number, long_job, uninterrupt
         "a second Ctrl-C waits for none"
     )
     assert not list((out / "shards").glob("shard-*")), "what was not synced has no name"
-    assert subprocess.run(command(long_job, out)).returncode == 0
+    commands.made("extract", *long_job, "--out", out)
     assert contents(out) == contents(uninterrupted)
 
 

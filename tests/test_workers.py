@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from jobs import contents
@@ -25,20 +24,12 @@ from extractor.target.batch_budget import MOST_BATCH_TOKENS, largest_fitting, ru
 from extractor.target.hooks import HFDFlashTargetModel
 from extractor.target.transformers_backend import UNMASKED, TransformersBackend
 
-EXTRACT = [sys.executable, "-m", "extractor", "extract"]
-
-
-def alone(**environment: str) -> dict[str, str]:
-    return {**os.environ, **environment}
-
 
 def test_two_devices_give_the_bytes_of_one(job, made, tmp_path):
-    run = subprocess.run(
-        [*EXTRACT, *job, "--out", tmp_path / "cache", "--devices", "cpu,cpu", "--json"], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
+    code, out, errors = commands.run("extract", *job, "--out", tmp_path / "cache", "--devices", "cpu,cpu", "--json")
+    assert code == 0, errors
     assert contents(tmp_path / "cache") == contents(made)
-    report = json.loads(run.stdout)
+    report = json.loads(out)
     assert report["complete"]
     assert report["run"]["shards"] == report["shards"]
     assert report["run"]["tokens"] == report["tokens"]
@@ -48,9 +39,9 @@ def test_workers_of_torchrun_and_a_rerun_with_another_number_of_them(job, made, 
     """Two of three workers come; then a job of two finishes what the third did not do."""
     out = tmp_path / "cache"
 
-    def start(rank: int, world_size: int, name: str) -> subprocess.Popen:
-        environment = alone(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0", TORCHELASTIC_RUN_ID=name)
-        return subprocess.Popen([*EXTRACT, *job, "--out", out], env=environment, stderr=subprocess.PIPE, text=True)
+    def start(rank: int, world_size: int, name: str) -> commands.Command:
+        environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": name}
+        return commands.start("extract", *job, "--out", out, **environment)
 
     first = [start(rank, 3, "one") for rank in (1, 0)]
     for process in first:
@@ -67,9 +58,7 @@ def test_workers_of_torchrun_and_a_rerun_with_another_number_of_them(job, made, 
 
 def test_a_killed_worker_costs_its_share_only(job, made, tmp_path):
     out = tmp_path / "cache"
-    process = subprocess.Popen(
-        [*EXTRACT, *job, "--out", out, "--devices", "cpu,cpu"], stderr=subprocess.PIPE, text=True
-    )
+    process = commands.start("extract", *job, "--out", out, "--devices", "cpu,cpu")
     deadline = time.monotonic() + 60
     victim = None
     while victim is None and time.monotonic() < deadline:
@@ -82,16 +71,14 @@ def test_a_killed_worker_costs_its_share_only(job, made, tmp_path):
     assert "died" in errors
     assert "run the same command again" in errors
     assert "Traceback" not in errors
-    again = subprocess.run([*EXTRACT, *job, "--out", out, "--devices", "cpu,cpu"], capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    code, _, errors = commands.run("extract", *job, "--out", out, "--devices", "cpu,cpu")
+    assert code == 0, errors
     assert contents(out) == contents(made)
 
 
 def test_stopping_the_command_stops_its_workers(job, made, tmp_path):
     out = tmp_path / "cache"
-    process = subprocess.Popen(
-        [*EXTRACT, *job, "--out", out, "--devices", "cpu,cpu"], stderr=subprocess.PIPE, text=True
-    )
+    process = commands.start("extract", *job, "--out", out, "--devices", "cpu,cpu")
     deadline = time.monotonic() + 60
     while len(children(process.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -112,12 +99,10 @@ def test_bad_input_is_said_once_and_stops_all(job, tmp_path):
     data = tmp_path / "bad.jsonl"
     data.write_text('{"messages": 3}\n')
     arguments = [str(data) if text.endswith("train.jsonl") else text for text in job]
-    run = subprocess.run(
-        [*EXTRACT, *arguments, "--out", tmp_path / "cache", "--devices", "cpu,cpu"], capture_output=True, text=True
-    )
-    assert run.returncode == 2
-    assert run.stderr.count("bad.jsonl") == 1
-    assert "Traceback" not in run.stderr
+    code, _, errors = commands.run("extract", *arguments, "--out", tmp_path / "cache", "--devices", "cpu,cpu")
+    assert code == 2
+    assert errors.count("bad.jsonl") == 1
+    assert "Traceback" not in errors
 
 
 def children(pid: int) -> list[int]:

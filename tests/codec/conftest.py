@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import commands
 import pytest
 from codec_caches import LENGTHS
 from synthetic import write_cache
@@ -25,6 +23,5 @@ def extracted(job, tmp_path_factory):
     """The job's caches with both codecs, each made by the command."""
     folder = tmp_path_factory.mktemp("extracted")
     for codec in ("fp8", "zbits"):
-        command = [sys.executable, "-m", "extractor", "extract", *job, "--codec", codec, "--out", folder / codec]
-        subprocess.run(command, check=True)
+        commands.made("extract", *job, "--codec", codec, "--out", folder / codec)
     return folder

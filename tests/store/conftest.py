@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import pytest
 
 from cache_format.storage import store
@@ -21,7 +20,7 @@ def job(job) -> list[str]:
 def made(job, tmp_path_factory) -> Path:
     """The same cache on a disk."""
     out = tmp_path_factory.mktemp("made") / "cache"
-    subprocess.run([sys.executable, "-m", "extractor", "extract", *job, "--out", out], check=True)
+    commands.made("extract", *job, "--out", out)
     return out
 
 

@@ -12,8 +12,9 @@ import pytest
 from faulty_proxy import CUT_ANSWER, CUT_UPLOAD, ERROR, SILENCE, SLOW
 from s3 import SECRET, objects, put
 
-from cache_format import CacheError, InputError, StorageError, store
+from cache_format import CacheError, InputError, StorageError
 from cache_format.errors import StoreError
+from cache_format.storage import store
 from cache_format.storage.store import PART_BYTES, Store, parse_url
 from cache_format.storage.store_file import StoreFile
 

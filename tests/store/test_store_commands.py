@@ -93,7 +93,7 @@ def test_recode_to_a_url(cli, made, bucket, s3, proxy, quick, tmp_path):
     local, options = tmp_path / "local", ["--codec", "zbits", "--threads", "1"]
     assert cli("recode", made, local, *options)[0] == 0
     command = ["recode", made, bucket, *options, "--scratch", tmp_path / "scratch"]
-    killed = start(command)
+    killed = start(*command)
     wait_for(lambda: sum("/shards/" in path for m, path, _ in proxy.requests if m == "PUT") > 2)
     killed.kill()
     killed.communicate()

@@ -15,10 +15,11 @@ from faulty_proxy import CUT_ANSWER, CUT_UPLOAD, ERROR
 from jobs import contents
 from s3 import SECRET, objects, put, upload_folder
 
-from cache_format import FeatureCache, lease, store
+from cache_format import FeatureCache, lease
 from cache_format.errors import InputError
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
 from cache_format.layout.shard import shard_name
+from cache_format.storage import store
 from cache_format.storage.lock import LOCK_NAME
 from cache_format.storage.store import Store
 from cache_format.writing.upload import scratch_folder
@@ -53,18 +54,18 @@ def test_the_bytes_of_a_local_run_in_the_order_of_commits(cli, arguments, bucket
 
 def test_the_scratch_folder_stays_small(arguments, made, bucket, tmp_path):
     most, shards = 0, tmp_path / "scratch"
-    job = start(arguments)
+    job = start(*arguments)
     while job.poll() is None:
         most = max(most, len(list(shards.glob("*/worker-0/shards/*.safetensors"))))
         time.sleep(0.005)
-    assert job.returncode == 0, job.stdout.read()
+    assert job.returncode == 0, job.stderr.read_text()
     assert 1 <= most <= 3
     assert Manifest.read(made).totals.shards > 5
 
 
 @pytest.mark.parametrize("lost_scratch", [False, True])
 def test_killed_then_resumed(lost_scratch, cli, arguments, bucket, s3, made, tmp_path, proxy):
-    job = start(arguments)
+    job = start(*arguments)
     wait_for(lambda: len([name for name in objects(s3, bucket) if name.startswith("shards/")]) >= 2)
     job.kill()
     job.wait()
@@ -96,7 +97,7 @@ def test_killed_while_a_file_goes_up(moment, cli, arguments, bucket, s3, made, p
         return
 
     proxy.faults = faults
-    job = start(arguments)
+    job = start(*arguments)
     assert came.wait(60)
     job.kill()
     job.wait()
@@ -139,12 +140,12 @@ def test_a_store_that_goes_away_is_told_and_the_job_resumes(cli, arguments, buck
 
 
 def test_sigterm_leaves_no_lock(arguments, bucket, s3):
-    job = start(arguments)
+    job = start(*arguments)
     wait_for(lambda: any(name.startswith("shards/") for name in objects(s3, bucket)))
     job.send_signal(signal.SIGTERM)
     assert job.wait(15) == 143
     assert LOCK_NAME not in objects(s3, bucket)
-    assert "To go on: dflash-cache extract" in job.stdout.read()
+    assert "To go on: dflash-cache extract" in job.stderr.read_text()
 
 
 def test_other_inputs_are_refused_and_nothing_is_touched(cli, arguments, bucket, s3, made, tmp_path):
@@ -167,7 +168,7 @@ def test_scratch_of_another_cache_is_not_mixed_in(cli, arguments, job, bucket, s
     """The cache at the URL was removed and begun anew with other options."""
     code, _, err = cli(*arguments, "--limit", "20")
     assert code == 0, err
-    process = start([*arguments, "--limit", "50"])
+    process = start(*arguments, "--limit", "50")
     process.wait()
     assert process.returncode == 2
     for name in objects(s3, bucket):
@@ -178,7 +179,7 @@ def test_scratch_of_another_cache_is_not_mixed_in(cli, arguments, job, bucket, s
 
 def test_two_jobs_on_one_url(cli, arguments, bucket, s3, made, tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "BEAT_SECONDS", 0.3)
-    first = start(arguments)
+    first = start(*arguments)
     wait_for(lambda: LOCK_NAME in objects(s3, bucket))
     first.send_signal(signal.SIGSTOP)
     try:
@@ -217,15 +218,15 @@ def test_two_jobs_that_begin_at_once_agree_on_one_manifest(bucket, tmp_path, mad
 
 def test_workers_share_the_job(arguments, bucket, s3, made):
     environments = [{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"} for rank in range(2)]
-    jobs = [start(arguments, **environment) for environment in environments]
+    jobs = [start(*arguments, **environment) for environment in environments]
     for job in jobs:
-        assert job.wait(120) == 0, job.stdout.read()
+        assert job.wait(120) == 0, job.stderr.read_text()
     assert objects(s3, bucket) == contents(made)
 
 
 def test_devices_share_the_job(arguments, bucket, s3, made):
-    job = start([*arguments, "--devices", "cpu,cpu"])
-    assert job.wait(120) == 0, job.stdout.read()
+    job = start(*arguments, "--devices", "cpu,cpu")
+    assert job.wait(120) == 0, job.stderr.read_text()
     assert objects(s3, bucket) == contents(made)
 
 

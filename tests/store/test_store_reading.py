@@ -17,8 +17,9 @@ from faulty_proxy import CUT_ANSWER, ERROR
 from s3 import SECRET, objects, put, upload_folder
 from synthetic import write_cache
 
-from cache_format import CacheError, FeatureCache, InputError, collate, store
+from cache_format import CacheError, FeatureCache, InputError, collate
 from cache_format.layout.shard import shard_name
+from cache_format.storage import store
 from cache_format.storage.shard_cache import ShardCache
 
 LENGTHS = [1, 5, 2, 9, 4, 7, 3, 8, 6, 40, 33, 25, 60, 71, 82, 90, 17, 28, 55, 64] * 6
