@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
+_NO_HARDWARE = ("cpu", "meta")
 
 RAY_GPUS = "cuda"
 """Kind of the devices that a Ray cluster counts as GPUs; the driver may have none itself."""
@@ -46,15 +47,15 @@ def accelerators() -> list[torch.device]:
 
 
 def count(kind: str) -> int:
-    """Devices of that kind (``cuda``, ``xpu``, ...) on this machine; 1 for the CPU."""
-    if kind == CPU.type:
+    """Devices of that kind (``cuda``, ``xpu``, ...) on this machine; 1 of those that need no hardware."""
+    if kind in _NO_HARDWARE:
         return 1
     return sum(device.type == kind for device in accelerators())
 
 
 def has_streams(device: torch.device | None) -> bool:
     """Whether ``device`` works through streams: what it is given returns before it is done."""
-    return device is not None and device.type != CPU.type and hasattr(_module(device), "Stream")
+    return device is not None and device.type not in _NO_HARDWARE and hasattr(_module(device), "Stream")
 
 
 def name(device: torch.device) -> str:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 PRELOADED = [
@@ -17,6 +18,7 @@ PRELOADED = [
     *("cache_format.export", "cache_format.upkeep.repair", "cache_format.upkeep.recode_to_store"),
     "transformers.models.qwen3.modeling_qwen3",
 ]
+_MARK = "DFLASH_TEST_COMMAND"
 _running: set[Command] = set()
 
 
@@ -36,7 +38,8 @@ class Command:
         self.stderr.touch()
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        work = ([str(a) for a in arguments], {**os.environ, **(environment or {})}, os.getcwd(), self._folder, before)
+        everything = {**os.environ, **(environment or {}), _MARK: str(self._folder)}
+        work = ([str(a) for a in arguments], everything, os.getcwd(), self._folder, before)
         self._process = context.Process(target=_run, args=work)
         self._process.start()
         self.pid = self._process.pid
@@ -69,15 +72,24 @@ class Command:
     def kill(self) -> None:
         self._process.kill()
 
+    def descendants(self) -> list[int]:
+        """Processes that it started with ``exec``, or they, and that are still there."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):
+                if f"{_MARK}={self._folder}".encode() in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+        return found
+
 
 def start(*arguments: object, before: Callable[[], None] | None = None, **environment: str) -> Command:
     """``start("extract", *job, "--out", out)``; keywords are environment variables."""
     return Command(arguments, environment, before)
 
 
-def run(*arguments: object, **environment: str) -> tuple[int, str, str]:
+def run(*arguments: object, before: Callable[[], None] | None = None, **environment: str) -> tuple[int, str, str]:
     """As :func:`start`, and wait: exit code, stdout, stderr."""
-    command = start(*arguments, **environment)
+    command = start(*arguments, before=before, **environment)
     out, errors = command.communicate(timeout=240)
     assert command.returncode is not None
     return command.returncode, out, errors
@@ -87,6 +99,13 @@ def made(*arguments: object, **environment: str) -> None:
     """As :func:`run`, for a command that has to succeed."""
     code, out, errors = run(*arguments, **environment)
     assert code == 0, out + errors
+
+
+def workers_by_fork() -> None:
+    """For ``before``: the workers of ``--devices`` are forked, not started anew; they have the imports, too."""
+    import extractor.engine.local
+
+    extractor.engine.local.multiprocessing = multiprocessing.get_context("fork")  # type: ignore[assignment]
 
 
 def wait_for(condition, seconds: float = 60):

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import commands
+import hypothesis
 import jobs
 import pytest
 from s3 import _proxy, bucket, proxy, s3, s3_port  # noqa: F401
@@ -25,7 +26,29 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything imports datasets: no network, and nothing left in the user's cache folder.
 _datasets_cache = tempfile.TemporaryDirectory(prefix="dflash-cache-tests-")
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=_datasets_cache.name, HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+# One thread a process: the suite runs several side by side, and threads that wait for each other spin.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_CACHE=_datasets_cache.name,
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+)
+
+
+hypothesis.settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("deep", max_examples=2000, deadline=None)
+hypothesis.settings.load_profile("quick")
+
+LONGEST_FIRST = [
+    *("test_ray", "test_kill", "test_store_job", "test_faults", "test_tensor_parallel", "test_extract", "test_signals"),
+    *("test_workers", "test_prepare", "test_slurm", "test_run", "test_export", "test_loss_mask"),
+]
+"""Files that take long: begun first, so that no process is at one while the others have nothing left to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="session")

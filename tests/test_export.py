@@ -300,7 +300,7 @@ def test_an_out_that_is_not_this_export_is_refused_and_left_alone(source, made, 
 
 def test_bad_input_is_told(source, cli, tmp_path, monkeypatch):
     code, _, err = cli("export", source, "--to", "eagle", tmp_path / "out")
-    assert (code, "choose one of specforge" in err) == (2, True)
+    assert (code, "'eagle' is not one of" in err) == (2, True)
     code, _, err = cli("export", tmp_path, "--to", "specforge", tmp_path / "out")
     assert (code, "not a feature cache" in err) == (2, True)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))

@@ -216,7 +216,7 @@ def test_shards_that_are_lost_come_next_and_not_for_ever():
 def test_ray_options_that_cannot_be(job, cli, tmp_path, monkeypatch):
     for wrong, message in (
         (["--num-workers", "2"], "--engine ray"),
-        (["--engine", "slurm"], "local or ray"),
+        (["--engine", "slurm"], "'slurm' is not one of"),
         (["--engine", "ray", "--devices", "cpu,cpu"], "--devices"),
         (["--engine", "ray", "--tp-plan", "auto"], "--tp-plan"),
         (["--engine", "ray", "--address", "ray://head:10001"], "--address auto"),

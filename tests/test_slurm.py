@@ -29,7 +29,7 @@ SCONTROL = '#!/usr/bin/env bash\necho "$@" >> "$(dirname "$0")/requeued"\n'
 @pytest.mark.slow
 def test_torchrun_gives_the_bytes_of_one_process(job, made, tmp_path):
     out = tmp_path / "cache"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--standalone"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     run = subprocess.run(
         [*command, "-m", "extractor", "extract", *job, "--out", out],
         capture_output=True,
@@ -39,7 +39,7 @@ def test_torchrun_gives_the_bytes_of_one_process(job, made, tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stderr.count("prepared 120 samples") == 1, "one prepares"
     assert run.stderr.count(": complete,") == 1, "one seals"
-    assert run.stderr.count("has done its share") == 3
+    assert run.stderr.count("has done its share") == 1
     assert contents(out) == contents(made)
 
 

@@ -85,7 +85,7 @@ def test_without_torchrun_it_is_said_how_to_start_it(job, cli, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tp-plan", "colwise"], "the only plan is auto"),
+        (["--tp-plan", "colwise"], "'colwise' is not one of"),
         (["--tp-plan", "auto", "--device-map", "auto"], "give one of them"),
         (["--tp-plan", "auto", "--batch-tokens", "auto"], "give a number"),
         (["--tp-plan", "auto", "--devices", "cpu,cpu"], "give one"),

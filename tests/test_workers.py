@@ -11,6 +11,7 @@ from pathlib import Path
 import commands
 import pytest
 import torch
+from commands import workers_by_fork
 from jobs import contents
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,7 @@ from cache_format import InputError
 from cache_format.layout.captures import Captures
 from cache_format.storage.lock import writing
 from extractor.config import parse_batch_tokens
+from extractor.engine import local
 from extractor.engine.local import parse_devices
 from extractor.job.worker import Worker
 from extractor.target.batch_budget import MOST_BATCH_TOKENS, largest_fitting, run_once
@@ -58,7 +60,7 @@ def test_workers_of_torchrun_and_a_rerun_with_another_number_of_them(job, made, 
 
 def test_a_killed_worker_costs_its_share_only(job, made, tmp_path):
     out = tmp_path / "cache"
-    process = commands.start("extract", *job, "--out", out, "--devices", "cpu,cpu")
+    process = commands.start("extract", *job, "--out", out, "--devices", "cpu,cpu", before=workers_by_fork)
     deadline = time.monotonic() + 60
     victim = None
     while victim is None and time.monotonic() < deadline:
@@ -71,14 +73,14 @@ def test_a_killed_worker_costs_its_share_only(job, made, tmp_path):
     assert "died" in errors
     assert "run the same command again" in errors
     assert "Traceback" not in errors
-    code, _, errors = commands.run("extract", *job, "--out", out, "--devices", "cpu,cpu")
+    code, _, errors = commands.run("extract", *job, "--out", out, "--devices", "cpu,cpu", before=workers_by_fork)
     assert code == 0, errors
     assert contents(out) == contents(made)
 
 
 def test_stopping_the_command_stops_its_workers(job, made, tmp_path):
     out = tmp_path / "cache"
-    process = commands.start("extract", *job, "--out", out, "--devices", "cpu,cpu")
+    process = commands.start("extract", *job, "--out", out, "--devices", "cpu,cpu", before=workers_by_fork)
     deadline = time.monotonic() + 60
     while len(children(process.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -99,18 +101,19 @@ def test_bad_input_is_said_once_and_stops_all(job, tmp_path):
     data = tmp_path / "bad.jsonl"
     data.write_text('{"messages": 3}\n')
     arguments = [str(data) if text.endswith("train.jsonl") else text for text in job]
-    code, _, errors = commands.run("extract", *arguments, "--out", tmp_path / "cache", "--devices", "cpu,cpu")
+    arguments += ["--out", str(tmp_path / "cache"), "--devices", "cpu,cpu"]
+    code, _, errors = commands.run("extract", *arguments, before=workers_by_fork)
     assert code == 2
     assert errors.count("bad.jsonl") == 1
     assert "Traceback" not in errors
 
 
 def children(pid: int) -> list[int]:
-    """Worker processes of ``pid`` (not Python's resource tracker)."""
+    """Worker processes of ``pid``, forked or started anew; not Python's resource tracker."""
     found = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         command = Path(f"/proc/{child}/cmdline").read_bytes() if Path(f"/proc/{child}").exists() else b""
-        if b"spawn_main" in command:
+        if command and b"resource_tracker" not in command:
             found.append(int(child))
     return found
 
@@ -148,9 +151,9 @@ def test_every_shard_has_one_worker():
 
 def test_devices_by_name(monkeypatch):
     assert parse_devices("cuda:0, cuda:2") == ["cuda:0", "cuda:2"]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(local, "accelerators", lambda: [torch.device("cuda", number) for number in range(2)])
     assert parse_devices("all") == ["cuda:0", "cuda:1"]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(local, "accelerators", list)
     for wrong in ("all", "cpu,,cpu"):
         with pytest.raises(InputError, match="--devices"):
             parse_devices(wrong)

@@ -81,7 +81,9 @@ class LoaderOptions:
             raise InputError(f'loader: shuffle is {self.shuffle!r}; choose True ("full"), "window" or False')
         _require_from_zero("seed", self.seed)
         if self.device is not None and not count(self.device.type):
-            raise InputError(f"loader: device is {self.device}, and torch finds no {self.device.type} device here")
+            raise InputError(
+                f"loader: device is {self.device}, and torch finds no {self.device.type.upper()} device here"
+            )
         if not 0 <= self.rank < self.world_size:
             raise InputError(f"loader: rank {self.rank} is not one of {self.world_size} (world_size)")
 

@@ -40,9 +40,6 @@ _MEETING = timedelta(minutes=30)
 _PATIENCE = timedelta(days=7)
 """Of a collective: a disk may hold rank 0 up in the middle of a pass."""
 
-_LOOK_UP = timedelta(seconds=1)
-"""How often a waiting process looks whether it got a signal."""
-
 _SECONDS_TO_LEAVE = 5.0
 """How long a process waits for the others before it leaves the group, less than a signal gives it."""
 
@@ -89,11 +86,15 @@ class Group:
         self.device = device
         select(device)
         store, self.rank, self.size = next(iter(rendezvous("env://", timeout=_MEETING)))
+        self._store = distributed.PrefixStore("dflash-cache", store)
+        self._said = 0
+        # Rank 0 may have gigabytes to look at before it comes, and may refuse.
+        if self._store.add("met", 1) == self.size:
+            self._store.set("all met", "")
+        self._await("all met")
         distributed.init_process_group(
             collective_backend(device), store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE
         )
-        self._store = distributed.PrefixStore("dflash-cache", store)
-        self._said = 0
 
     def __enter__(self) -> Group:
         return self
@@ -146,16 +147,20 @@ class Group:
 
     def _heard(self) -> list[int]:
         key = f"said {self._said}"
-        while True:
-            with suppress(distributed.DistStoreError):
-                self._store.wait([key], _LOOK_UP)
-                break
+        self._await(key)
         numbers = [int(text) for text in self._store.get(key).split(b",")]
         if self._store.add(f"heard {self._said}", 1) == self.size - 1:
             self._store.delete_key(key)
             self._store.delete_key(f"heard {self._said}")
         self._said += 1
         return numbers
+
+    def _await(self, key: str) -> None:
+        """Until ``key`` is there; a signal interrupts it, as it would not the store's own wait."""
+        began = time.monotonic()
+        while not self._store.check([key]):
+            # Soon after a pass the next one is announced; samples may take hours to prepare.
+            time.sleep(min(max((time.monotonic() - began) / 10, 0.0005), 0.05))
 
     def _await_the_others(self) -> None:
         """Until they are done with the group too, or are not to be waited for: one may be gone."""

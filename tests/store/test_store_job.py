@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from commands import start, wait_for
+from commands import start, wait_for, workers_by_fork
 from faulty_proxy import CUT_ANSWER, CUT_UPLOAD, ERROR
 from jobs import contents
 from s3 import SECRET, objects, put, upload_folder
 
-from cache_format import FeatureCache, lease
+from cache_format import FeatureCache
 from cache_format.errors import InputError
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
 from cache_format.layout.shard import shard_name
-from cache_format.storage import store
+from cache_format.storage import lease, store
 from cache_format.storage.lock import LOCK_NAME
 from cache_format.storage.store import Store
 from cache_format.writing.upload import scratch_folder
@@ -225,7 +225,7 @@ def test_workers_share_the_job(arguments, bucket, s3, made):
 
 
 def test_devices_share_the_job(arguments, bucket, s3, made):
-    job = start(*arguments, "--devices", "cpu,cpu")
+    job = start(*arguments, "--devices", "cpu,cpu", before=workers_by_fork)
     assert job.wait(120) == 0, job.stderr.read_text()
     assert objects(s3, bucket) == contents(made)
 
