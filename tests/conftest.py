@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import functools
 import json
 import os
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import commands
@@ -52,23 +54,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def demo_jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 conversations with ``messages``."""
-    import make_demo_data
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """``once(name, make)``: what ``make`` puts at a path, made once for all processes that the suite runs in."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
-    path = tmp_path_factory.mktemp("demo") / "train.jsonl"
-    make_demo_data.write_demo_data(path, 300)
-    return path
+    def path_of(name: str, make: Callable[[Path], None]) -> Path:
+        path = root / "shared" / name
+        path.parent.mkdir(exist_ok=True)
+        with open(path.with_name(f"{name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                unfinished = path.with_name(f"unfinished-{name}")
+                make(unfinished)
+                unfinished.rename(path)
+        return path
+
+    return path_of
 
 
 @pytest.fixture(scope="session")
-def tiny_target(tmp_path_factory: pytest.TempPathFactory, demo_jsonl: Path) -> Path:
+def demo_jsonl(once) -> Path:
+    """300 conversations with ``messages``."""
+    import make_demo_data
+
+    return once("train.jsonl", lambda path: make_demo_data.write_demo_data(path, 300))
+
+
+@pytest.fixture(scope="session")
+def tiny_target(once, demo_jsonl: Path) -> Path:
     """Folder of a 6-layer, 64-wide Qwen3 with random weights and a tokenizer of 2,048 entries."""
     import make_tiny_target
 
-    path = tmp_path_factory.mktemp("target") / "tiny"
-    make_tiny_target.make_tiny_target(path, demo_jsonl, layers=6, hidden_size=64, vocab_size=2048)
-    return path
+    sizes = {"layers": 6, "hidden_size": 64, "vocab_size": 2048}
+    return once("tiny", lambda path: make_tiny_target.make_tiny_target(path, demo_jsonl, **sizes))
 
 
 @pytest.fixture
@@ -98,11 +117,9 @@ def job(tiny_target, demo_jsonl) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def made(job, tmp_path_factory) -> Path:
+def made(job, once) -> Path:
     """A complete cache of that job, made by the command as a process of its own."""
-    out = tmp_path_factory.mktemp("made") / "cache"
-    commands.made("extract", *job, "--out", out)
-    return out
+    return once("made", lambda out: commands.made("extract", *job, "--out", out))
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,13 @@ from extractor.job.run import NUM_BUFFERS
 KILLED = -signal.SIGKILL
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
+def job(job) -> list[str]:
+    """A third of the samples in smaller shards: it is run two hundred times."""
+    return [*job, "--limit", "40", "--shard-size", "512KiB"]
+
+
+@pytest.fixture(scope="module")
 def soaked(job, tmp_path_factory) -> Path:
     """Folder of 20 kills of that job: its log, and ``whole``, an uninterrupted run's cache (in several parts)."""
     folder = tmp_path_factory.mktemp("soak")

@@ -293,7 +293,7 @@ def test_stopped_by_a_signal_no_process_stays_and_finished_parts_do(
     stop: signal.Signals, demo_jsonl: Path, tiny_target: Path, tmp_path: Path
 ) -> None:
     data, script, out = tmp_path / "many.jsonl", tmp_path / "run.py", tmp_path / "parts"
-    data.write_text(demo_jsonl.read_text() * 200)
+    data.write_text(demo_jsonl.read_text() * 60)
     script.write_text(LONG_RUN)
     process = subprocess.Popen(
         [sys.executable, str(script), str(data), str(tiny_target), str(out)],

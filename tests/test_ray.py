@@ -7,7 +7,10 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import commands
 import pytest
@@ -34,19 +37,34 @@ def one_thread():
         yield
 
 
-@pytest.fixture
-def cluster(one_thread):
-    """A head without room for actors; tests add nodes with room for one each."""
+@contextmanager
+def new_cluster() -> Iterator[Any]:
+    """Its first node has no room for actors; tests add nodes with room for one each."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0})
+    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
     yield cluster
     cluster.shutdown()
 
 
+@pytest.fixture
+def cluster(one_thread):
+    """Of a test that kills nodes."""
+    with new_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def quiet_cluster(one_thread):
+    """Of tests that kill no node: one has room for an actor."""
+    with new_cluster() as cluster:
+        cluster.add_node(**NODE)
+        yield cluster
+
+
 @pytest.fixture(scope="module")
 def long_job(job, demo_jsonl, tmp_path_factory) -> list[str]:
-    """Some hundred shards, ten seconds of work."""
+    """Some hundred shards, ten seconds of work: a node dies in the midst of it."""
     data = tmp_path_factory.mktemp("long") / "train.jsonl"
     data.write_text(demo_jsonl.read_text() * 5)
     return [*job, "--data", str(data), "--limit", "1500", "--batch-tokens", "512"]
@@ -135,10 +153,9 @@ def test_a_node_that_sees_another_store_begins_no_cache(bucket, job, tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_and_gone_on_with(cluster, long_job, uninterrupted, tmp_path):
+def test_stopped_and_gone_on_with(quiet_cluster, long_job, uninterrupted, tmp_path):
     out = tmp_path / "cache"
-    cluster.add_node(**NODE)
-    process = start(long_job, out, cluster)
+    process = start(long_job, out, quiet_cluster)
     wait_for_shards(process, out, 3)
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
@@ -148,17 +165,17 @@ def test_stopped_and_gone_on_with(cluster, long_job, uninterrupted, tmp_path):
     assert "Traceback" not in errors
     kept = {path: path.stat().st_mtime_ns for path in (out / "shards").glob("shard-*")}
     assert 3 <= len(kept) < len(list((uninterrupted / "shards").iterdir()))
-    again = start(long_job, out, cluster)
+    again = start(long_job, out, quiet_cluster)
     _, errors = again.communicate(timeout=120)
     assert again.returncode == 0, errors
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert contents(out) == contents(uninterrupted)
-    third = start(long_job, out, cluster)
+    third = start(long_job, out, quiet_cluster)
     assert "already complete" in third.communicate(timeout=60)[1]
 
 
 @pytest.mark.slow
-def test_what_no_other_worker_could_mend_stops_the_job(cluster, job, tmp_path):
+def test_what_no_other_worker_could_mend_stops_the_job(quiet_cluster, job, tmp_path):
     """A target that gives NaN: the first actor's error is the command's, with its exit code."""
     from safetensors.torch import load_file, save_file
 
@@ -170,8 +187,7 @@ def test_what_no_other_worker_could_mend_stops_the_job(cluster, job, tmp_path):
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    cluster.add_node(**NODE)
-    process = start([*job, "--target", str(broken)], tmp_path / "cache", cluster)
+    process = start([*job, "--target", str(broken)], tmp_path / "cache", quiet_cluster)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "NaN or Inf" in errors
@@ -180,15 +196,14 @@ def test_what_no_other_worker_could_mend_stops_the_job(cluster, job, tmp_path):
 
 
 @pytest.mark.slow
-def test_actors_that_die_one_after_the_other_stop_the_job(cluster, job, tmp_path):
+def test_actors_that_die_one_after_the_other_stop_the_job(quiet_cluster, job, tmp_path):
     """A target whose own code ends the process: no worker of any node will ever finish a shard."""
     target = Path(shutil.copytree(job[job.index("--target") + 1], tmp_path / "deadly"))
     config = json.loads((target / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "deadly.Model"}
     (target / "config.json").write_text(json.dumps(config))
     (target / "deadly.py").write_text("import os\nos._exit(9)\nclass Model: ...\n")
-    cluster.add_node(**NODE)
-    process = start([*job, "--target", str(target), "--trust-remote-code"], tmp_path / "cache", cluster)
+    process = start([*job, "--target", str(target), "--trust-remote-code"], tmp_path / "cache", quiet_cluster)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 1, errors
     assert f"{BARREN_DEATHS} workers died one after the other" in errors

@@ -110,13 +110,19 @@ def test_a_hanging_disk_is_waited_for_only_so_long(number, long_job, uninterrupt
     assert contents(out) == contents(uninterrupted)
 
 
+def small_parts() -> None:
+    import extractor.data.prepare as prepare
+
+    prepare.ROWS_PER_PART, prepare.ROWS_WORTH_A_PROCESS = 512, 1024
+
+
 def test_stopped_while_processes_prepare(job, demo_jsonl, tmp_path):
     data, out = tmp_path / "many.jsonl", tmp_path / "cache"
-    data.write_text(demo_jsonl.read_text() * 120)
-    job = [*job, "--data", str(data), "--limit", "36000"]
+    data.write_text(demo_jsonl.read_text() * 30)
+    job = [*job, "--data", str(data), "--limit", "9000"]
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core: prepared in the main process")
-    process = start(job, out)
+    process = start(job, out, small_parts)
     wait_for(process, out / "samples", "samples-*.arrow", 1)
     assert process.descendants()
     assert stop(process, signal.SIGTERM, job, out) < 10

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 
@@ -20,8 +25,26 @@ CAPTURES = ["--capture", "last_hidden_states", "--capture", "logits-topk=3"]
 def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     command += ["-m", "extractor", "extract", *arguments, "--tp-plan", "auto"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240, env=environment)
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
+
+
+def ranks(count: int, *arguments: object, before: Callable[[], None] | None = None) -> list[commands.Command]:
+    """The processes that torchrun would start, without waiting for imports."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        commands.start(
+            *("extract", *arguments, "--tp-plan", "auto"), before=before, RANK=str(n), LOCAL_RANK=str(n), **shared
+        )
+        for n in range(count)
+    ]
+
+
+def ends(processes: list[commands.Command]) -> tuple[list[int | None], str]:
+    """Exit codes, and what all said to stderr."""
+    errors = "".join(process.communicate()[1] for process in processes)
+    return [process.returncode for process in processes], errors
 
 
 def assert_same_states(one: Path, other: Path | str) -> None:
@@ -54,8 +77,8 @@ def test_two_processes_share_a_target(job, cli, tmp_path):
     shard = sorted((two / "shards").iterdir())[-1]
     shard.unlink()
     cli("repair", two)
-    run = torchrun(2, *job, "--out", two)
-    assert run.returncode == 0, run.stderr
+    codes, errors = ends(ranks(2, *job, "--out", two))
+    assert codes == [0, 0], errors
     assert {path.name: path.read_bytes() for path in (two / "shards").iterdir()} == whole
 
 
@@ -63,17 +86,67 @@ def test_two_processes_share_a_target(job, cli, tmp_path):
 def test_two_processes_share_a_target_whose_cache_goes_to_a_url(job, bucket, cli, tmp_path):
     job = [*job, "--limit", "10"]
     assert cli("extract", *job, "--out", tmp_path / "one")[0] == 0
-    run = torchrun(2, *job, "--out", bucket, "--scratch", tmp_path / "scratch")
-    assert run.returncode == 0, run.stderr
+    codes, errors = ends(ranks(2, *job, "--out", bucket, "--scratch", tmp_path / "scratch"))
+    assert codes == [0, 0], errors
     assert_same_states(tmp_path / "one", bucket)
 
 
 @pytest.mark.slow
 def test_a_target_that_cannot_be_divided_so_is_refused_and_nothing_hangs(job, tmp_path):
-    run = torchrun(3, *job, "--out", tmp_path / "cache")
-    assert run.returncode != 0
-    assert "3 processes do not divide" in run.stderr
+    """torchrun ends the others once rank 0 has refused: they wait where a signal finds them."""
+    rank_0, *others = ranks(3, *job, "--out", tmp_path / "cache")
+    assert ends([rank_0])[0] == [2]
+    assert "3 processes do not divide" in rank_0.stderr.read_text()
+    for process in others:
+        process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    assert ends(others)[0] == [143, 143]
+    assert time.monotonic() - began < 5
     assert not (tmp_path / "cache").exists()
+
+
+def refuse_to_write() -> None:
+    """The disk refuses the first shard, in the middle of the job."""
+    from cache_format.errors import StorageError
+    from cache_format.writing.shard_buffer import ShardBuffer
+
+    def commit(*_: object, **__: object) -> int:
+        raise StorageError("shards", "write", OSError(28, "No space left on device"))
+
+    ShardBuffer.commit = commit  # type: ignore[method-assign]
+
+
+def test_an_error_of_rank_0_lets_the_others_go(job, tmp_path):
+    codes, errors = ends(ranks(2, *job, "--limit", "10", "--out", tmp_path / "cache", before=refuse_to_write))
+    assert codes == [1, 0], errors
+    assert "No space left on device" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_rank_that_is_gone_hangs_nobody(job, tmp_path):
+    rank_0, other = ranks(2, *job, "--out", tmp_path / "cache")
+    commands.wait_for(lambda: list((tmp_path / "cache" / "shards").glob("shard-*")))
+    other.kill()
+    began = time.monotonic()
+    assert ends([rank_0])[0] == [1]
+    assert time.monotonic() - began < 10
+    assert "another process of the group is gone" in rank_0.stderr.read_text()
+    codes, errors = ends(ranks(2, *job, "--out", tmp_path / "cache"))
+    assert codes == [0, 0], errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_all(job, tmp_path, number):
+    processes = ranks(2, *job, "--out", tmp_path / "cache")
+    commands.wait_for(lambda: list((tmp_path / "cache" / "shards").glob("shard-*")))
+    for process in processes:
+        process.send_signal(number)
+    began = time.monotonic()
+    codes, errors = ends(processes)
+    assert codes == [128 + number] * 2, errors
+    assert time.monotonic() - began < 10
+    assert "Traceback" not in errors
+    assert not (tmp_path / "cache" / ".lock").exists()
 
 
 def test_without_torchrun_it_is_said_how_to_start_it(job, cli, tmp_path):

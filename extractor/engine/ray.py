@@ -45,6 +45,9 @@ BARREN_DEATHS = 3
 PATIENCE_SECONDS = 120.0
 """How long the driver waits at the end for the lock of actors that are gone; a network file system takes its time."""
 
+SECONDS_TO_LEAVE = 5.0
+"""How long it waits for them where the job ends early: less than a signal leaves it."""
+
 _WAIT_SECONDS, _SAY_EVERY_SECONDS = 0.5, 60.0
 
 FINAL_ERRORS = (InputError, MismatchError, CacheError, NonFiniteError, DeviceMemoryError)
@@ -133,7 +136,11 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
                     destination.begin()
                     return begin(Manifest.read(job.folder))
 
-                stats = fleet.make(begin_anew, ready, at_most=count if todo is None else todo)
+                try:
+                    stats = fleet.make(begin_anew, ready, at_most=count if todo is None else todo)
+                except BaseException:
+                    _await_end_of_workers(destination, SECONDS_TO_LEAVE)
+                    raise
         return job.report(_sealed(destination), stats)
 
 
@@ -355,12 +362,19 @@ def _sealed(destination: Destination) -> Manifest:
     Raises:
         WorkerError: one still holds the lock.
     """
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    if not _await_end_of_workers(destination, PATIENCE_SECONDS):
+        raise WorkerError(
+            f"{destination.where}: every shard is made, but another process still holds the lock (a worker on a "
+            "node that was lost, or another job); run the same command again to seal the cache"
+        )
+    return destination.seal()
+
+
+def _await_end_of_workers(destination: Destination, seconds: float) -> bool:
+    """Whether no worker holds the lock any more, after so long at most: the same command again would find it held."""
+    deadline = time.monotonic() + seconds
     while not destination.alone():
         if time.monotonic() > deadline:
-            raise WorkerError(
-                f"{destination.where}: every shard is made, but another process still holds the lock (a worker on a "
-                "node that was lost, or another job); run the same command again to seal the cache"
-            )
+            return False
         time.sleep(0.1)
-    return destination.seal()
+    return True

@@ -8,6 +8,7 @@ missing, which batches, trials at the start), the others follow without knowing 
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -40,8 +41,9 @@ _MEETING = timedelta(minutes=30)
 _PATIENCE = timedelta(days=7)
 """Of a collective: a disk may hold rank 0 up in the middle of a pass."""
 
-_SECONDS_TO_LEAVE = 5.0
-"""How long a process waits for the others before it leaves the group, less than a signal gives it."""
+_SECONDS_TO_LEAVE = 3.0
+"""How long a process waits for the others before it leaves the group, less than a signal gives it. They have left at
+once, unless they are in the middle of a pass that this process has broken off."""
 
 
 def world_size() -> int:
@@ -85,6 +87,7 @@ class Group:
         """Meet the other processes of torchrun."""
         self.device = device
         select(device)
+        _await_store()
         store, self.rank, self.size = next(iter(rendezvous("env://", timeout=_MEETING)))
         self._store = distributed.PrefixStore("dflash-cache", store)
         self._said = 0
@@ -99,15 +102,22 @@ class Group:
     def __enter__(self) -> Group:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        """Let the others go, and leave.
+
+        Raises:
+            DFlashCacheError: ``error`` says that another process is gone.
+        """
         # A store that does not answer any more has lost its process, and the others with it.
         with suppress(RuntimeError):
             if self.rank == 0:
                 self._say(_STOP)
             self._store.add("left", 1)
-            if kind is None:
-                self._await_the_others()
+            self._await_the_others()
         distributed.destroy_process_group()
+        if isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "Connection" in str(error)):
+            reason = str(error).strip().splitlines()[0]
+            raise DFlashCacheError(f"--tp-plan: another process of the group is gone ({reason})") from None
 
     def load(self) -> None:
         """Rank 0: have the others load their parts, as this process is about to."""
@@ -183,6 +193,17 @@ class Group:
         return hooked
 
 
+def _await_store() -> None:
+    """Until whoever keeps the store listens: torchrun itself, or rank 0, which may have much to look at before."""
+    place = (os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0)))
+    listens = os.environ.get("RANK") == "0"
+    while not listens:
+        with suppress(OSError):
+            socket.create_connection(place, timeout=1).close()
+            listens = True
+        time.sleep(0 if listens else 0.2)
+
+
 @contextmanager
 def joined(target: TargetOptions, device: torch.device) -> Iterator[Group | None]:
     """Rank 0's part of the group that ``target`` is divided over; None where it is not divided."""
@@ -199,16 +220,8 @@ def follow(options: ExtractOptions) -> None:
     Raises:
         DFlashCacheError: another process of the group is gone.
     """
-    device = resolve_device(options.target.device, int(os.environ.get("LOCAL_RANK", 0)))
-    try:
-        with Group(device) as group:
-            group.follow(options)
-    except RuntimeError as error:
-        if "Connection" not in str(error):
-            raise
-        raise DFlashCacheError(
-            f"--tp-plan: another process of the group is gone ({str(error).splitlines()[0]})"
-        ) from None
+    with Group(resolve_device(options.target.device, int(os.environ.get("LOCAL_RANK", 0)))) as group:
+        group.follow(options)
 
 
 def whole_embeddings(model: Any) -> Any:
