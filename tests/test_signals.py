@@ -17,6 +17,7 @@ from jobs import contents
 from cache_format import FeatureCache
 from cache_format.layout.samples import read_part
 from cache_format.upkeep.verify import verify
+from extractor.job.run import NUM_BUFFERS
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
@@ -97,7 +98,8 @@ def test_stopped_in_mid_extraction_and_resumed(number, long_job, uninterrupted, 
 def test_a_hanging_disk_is_waited_for_only_so_long(number, long_job, uninterrupted, tmp_path):
     out = tmp_path / "cache"
     process = start(long_job, out, hanging_disk)
-    commands.wait_for(lambda: process.stdout.read_text().startswith("hanging\n"))
+    # Both of the writer threads: one that is being started has nothing in hand yet.
+    commands.wait_for(lambda: process.stdout.read_text().count("hanging\n") == NUM_BUFFERS - 1)
     if number == signal.SIGINT:
         process.send_signal(number)
         time.sleep(0.5)
