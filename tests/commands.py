@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 PRELOADED = [
     *("extractor.cli.app", "extractor.engine.local", "extractor.job.job", "extractor.target.recompute"),
@@ -102,10 +104,21 @@ def made(*arguments: object, **environment: str) -> None:
 
 
 def workers_by_fork() -> None:
-    """For ``before``: the workers of ``--devices`` are forked, not started anew; they have the imports, too."""
+    """For ``before``: the processes that a command starts are forked, with the imports, and not started anew."""
+    import extractor.data.prepare
     import extractor.engine.local
 
-    extractor.engine.local.multiprocessing = multiprocessing.get_context("fork")  # type: ignore[assignment]
+    forking = multiprocessing.get_context("fork")
+    forking.get_context = lambda _method: forking  # type: ignore[method-assign, assignment]
+    extractor.engine.local.multiprocessing = forking  # type: ignore[assignment]
+    extractor.data.prepare.multiprocessing = forking  # type: ignore[assignment]
+
+
+def ready_processes() -> Any:
+    """In place of the module ``multiprocessing``: every process comes from the one with the imports done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return SimpleNamespace(get_context=lambda _method: context, parent_process=multiprocessing.parent_process)
 
 
 def wait_for(condition, seconds: float = 60):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fcntl
 import functools
 import json
@@ -150,7 +149,7 @@ def loaded_once():
         functools.cache(f) for f in (extractor.target.load_target.load_target, extractor.job.job.load_tokenizer)
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(extractor.target.load_target, "load_target", lambda *a, **k: copy.deepcopy(load_target(*a, **k)))
+        patch.setattr(extractor.target.load_target, "load_target", load_target)
         patch.setattr(extractor.job.job, "load_tokenizer", load_tokenizer)
         patch.setattr(extractor.job.job, "open_source", functools.cache(extractor.job.job.open_source))
         threads = torch.get_num_threads()

@@ -372,8 +372,7 @@ def test_a_repair_that_is_refused_at_any_operation_can_be_run_again(cli, small_j
         assert {name: data for name, data in contents(out).items() if not name.startswith("quarantine/")} == whole
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("arguments", [["verify"], ["repair", "--dry-run"]])
+@pytest.mark.parametrize(("arguments", "unbuffered"), [(["verify"], ""), (["repair", "--dry-run"], "1")])
 def test_a_report_that_cannot_be_written_is_an_error(damaged, monkeypatch, arguments, unbuffered):
     """As in ``dflash-cache verify CACHE --json > report.json`` on a full disk."""
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)

@@ -68,8 +68,9 @@ def test_killed_at_each_operation_of_the_seal(soaked, job, tmp_path):
         cache = unsealed(soaked / "whole", tmp_path / str(step))
         assert soak_kill.run([*arguments, cache], log, die_at=step) == KILLED
         states.add(soak_kill.state_of(cache))
-        # A kill during the resume, too, at the same place
-        soak_kill.run([*arguments, cache], log, die_at=step)
+        if step % 3 == 0:
+            # A kill during the resume, too, at the same place
+            soak_kill.run([*arguments, cache], log, die_at=step)
         assert soak_kill.run([*arguments, cache], log) == 0, log.read_text()
         assert contents(cache) == whole, f"killed at operation {step}"
     assert {"complete", "extracting: all shards, 1 tables", "extracting: all shards, 2 tables"} <= states

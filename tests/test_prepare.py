@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import commands
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -175,7 +176,11 @@ def test_options_check_themselves(options: dict[str, Any], message: str) -> None
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_several_processes_write_the_same_bytes(kind: str, demo_jsonl: Path, tiny_target: Path, tmp_path: Path) -> None:
+def test_several_processes_write_the_same_bytes(
+    kind: str, demo_jsonl: Path, tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind != "jsonl":
+        monkeypatch.setattr(prepare_module, "multiprocessing", commands.ready_processes())
     path = demo_jsonl
     if kind == "parquet":
         path = tmp_path / "demo.parquet"
@@ -194,7 +199,10 @@ def test_several_processes_write_the_same_bytes(kind: str, demo_jsonl: Path, tin
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_a_bad_row_fails_by_file_and_row_in_another_process(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_bad_row_fails_by_file_and_row_in_another_process(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "multiprocessing", commands.ready_processes())
     lines: list[Any] = [chat("a", "b")] * 200
     lines[150] = "{oops"
     rows = write(tmp_path / "x.jsonl", lines)

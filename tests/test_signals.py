@@ -115,13 +115,13 @@ def test_a_hanging_disk_is_waited_for_only_so_long(number, long_job, uninterrupt
 def small_parts() -> None:
     import extractor.data.prepare as prepare
 
-    prepare.ROWS_PER_PART, prepare.ROWS_WORTH_A_PROCESS = 512, 1024
+    prepare.ROWS_PER_PART, prepare.ROWS_WORTH_A_PROCESS = 256, 512
 
 
 def test_stopped_while_processes_prepare(job, demo_jsonl, tmp_path):
     data, out = tmp_path / "many.jsonl", tmp_path / "cache"
-    data.write_text(demo_jsonl.read_text() * 30)
-    job = [*job, "--data", str(data), "--limit", "9000"]
+    data.write_text(demo_jsonl.read_text() * 20)
+    job = [*job, "--data", str(data), "--limit", "6000"]
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core: prepared in the main process")
     process = start(job, out, small_parts)
