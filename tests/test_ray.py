@@ -38,6 +38,9 @@ def one_thread():
         patch.setenv("RAY_prestart_worker_first_driver", "0")
         patch.setenv("RAY_enable_worker_prestart", "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # Every half second a node is asked whether it lives, and is dead after five times.
+        patch.setenv("RAY_health_check_initial_delay_ms", "1000")
+        patch.setenv("RAY_health_check_period_ms", "500")
         yield
 
 
@@ -52,8 +55,9 @@ def new_cluster() -> Iterator[Any]:
 
 
 @pytest.fixture
-def cluster(one_thread):
+def cluster(one_thread, uninterrupted, monkeypatch):
     """Of a test that kills nodes."""
+    monkeypatch.setenv("SECONDS_A_PASS", "0.5")
     with new_cluster() as cluster:
         yield cluster
 
@@ -66,12 +70,28 @@ def quiet_cluster(one_thread):
         yield cluster
 
 
+SLOW = """
+import os, time
+from transformers import Qwen3ForCausalLM
+
+class Slow(Qwen3ForCausalLM):
+    def forward(self, *arguments, **named):
+        time.sleep(float(os.environ.get("SECONDS_A_PASS", 0)))
+        return super().forward(*arguments, **named)
+"""
+"""A target that leaves the processor to others, and a job long enough for a node to die in the midst of it."""
+
+
 @pytest.fixture(scope="module")
-def long_job(job, demo_jsonl, tmp_path_factory) -> list[str]:
-    """Some fifty shards: a node dies in the midst of it."""
-    data = tmp_path_factory.mktemp("long") / "train.jsonl"
-    data.write_text(demo_jsonl.read_text() * 2)
-    return [*job, "--data", str(data), "--limit", "600", "--batch-tokens", "512"]
+def long_job(job, tmp_path_factory) -> list[str]:
+    """Some forty shards, of a pass or two each."""
+    target = Path(shutil.copytree(job[job.index("--target") + 1], tmp_path_factory.mktemp("slow") / "target"))
+    config = json.loads((target / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "slow.Slow"}
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "slow.py").write_text(SLOW)
+    slow = ["--target", str(target), "--trust-remote-code"]
+    return [*job, *slow, "--shard-size", "512KiB", "--batch-tokens", "512"]
 
 
 @pytest.fixture(scope="module")
