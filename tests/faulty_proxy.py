@@ -30,7 +30,7 @@ class FaultyProxy:
         class Handler(_Handler):
             upstream, owner = port, proxy
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -57,6 +57,11 @@ class FaultyProxy:
         """Stop listening."""
         self._server.shutdown()
         self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Clients are killed in the midst of a request: no news."""
 
 
 class _Handler(BaseHTTPRequestHandler):

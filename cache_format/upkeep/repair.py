@@ -49,7 +49,7 @@ class RepairPlan:
 
 
 def plan_repair(cache: Path | str, problems: Iterable[Problem]) -> RepairPlan:
-    """What mends ``problems``, as :func:`cache_format.integrity.verify` (not the quick one) found them."""
+    """What mends ``problems``, as :func:`cache_format.upkeep.verify.verify` (not the quick one) found them."""
     problems = list(problems)
     named = {problem.file for problem in problems}
     folder = open_folder(cache)

@@ -1,4 +1,4 @@
-"""Reports on standard output; progress and messages go to standard error (extractor/progress.py)."""
+"""Reports on standard output; progress and messages go to standard error (terminal/progress.py)."""
 
 from __future__ import annotations
 
