@@ -141,7 +141,7 @@ class ExtractOptions:
     on_nonfinite: str = "fail"
     """fail, or quarantine: leave samples with NaN or Inf out and list them"""
     url: str | None = None
-    """where the cache goes, if not to a folder; ``out`` is then the scratch folder, see cache_format/writing/upload.py"""
+    """where the cache goes, if not to a folder; ``out`` is then the scratch folder, see writing/upload.py"""
     profile: Path | None = None
     """where to write a Chrome trace of the run"""
 

@@ -36,7 +36,7 @@ def recode_to_store(
     progress: Callable[[int], None] = lambda n: None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> RecodeReport:
-    """:func:`cache_format.upkeep.recode.recode` to the folder at ``url``; ``scratch`` holds no more than ``threads`` shards.
+    """:func:`cache_format.upkeep.recode.recode` to ``url``; ``scratch`` holds no more than ``threads`` shards.
 
     Raises:
         DFlashCacheError: as there; what the store refuses too.

@@ -77,10 +77,10 @@ def require_plan(config: Any) -> None:
 
 
 class Group:
-    """The processes that share one target. What rank 0 wants is said through the store that they met at; a context
-    manager, whose end destroys the group in every case: its threads must not outlive the interpreter.
+    """The processes that share one target. What rank 0 wants is said through the store that they met at.
 
-    The others wait at the store, where a signal finds them, and not in a collective, where none would.
+    A context manager: its end destroys the group in every case, for a thread of it that outlives the interpreter aborts
+    the process. The others wait at the store, where a signal finds them, and not in a collective, where none would.
     """
 
     def __init__(self, device: torch.device):
