@@ -43,11 +43,11 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from cache_format.layout.captures import Captures
 from cache_format.layout.manifest import DataInfo, Manifest, TargetInfo, Totals
 from cache_format.layout.samples import PartInfo, PreparedSamples, Sample, part_path, write_part
-from cache_format.storage.files import make_folder
+from cache_format.storage.commit import make_folder
 from cache_format.writing.seal import seal
 from extractor.config import PlanOptions
 from extractor.job.plan import Plan
-from extractor.job.run import ShardRunner
+from extractor.job.run_shards import ShardRunner
 from extractor.target.hooks import HFDFlashTargetModel
 from extractor.target.layer_ids import default_target_layer_ids
 from extractor.target.padding import padding_mode

@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader, Dataset
 from cache_format import DFlashTargetBatch, FeatureCache, collate
 from cache_format.layout.index import INDEX_NAME, SHARDS_NAME, Index, ShardRow, read_index, write_index, write_shards
 from cache_format.layout.manifest import Manifest
-from cache_format.layout.shard import shard_name
+from cache_format.layout.shard_layout import shard_name
 from cache_format.upkeep.recode import recode
 
 CORES = os.cpu_count() or 1

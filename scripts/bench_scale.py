@@ -30,14 +30,14 @@ from cache_format.layout.embeddings import EMBED, EMBEDDINGS_NAME, write_embeddi
 from cache_format.layout.index import INDEX_NAME, SHARDS_NAME
 from cache_format.layout.manifest import DataInfo, Manifest, TargetInfo, Totals
 from cache_format.layout.samples import _META, SCHEMA, PreparedSamples, Sample, part_path
-from cache_format.layout.shard import shard_name
+from cache_format.layout.shard_layout import shard_name
 from cache_format.reading.order import full_order, random_source, window_order
-from cache_format.storage.files import make_folder
+from cache_format.storage.commit import make_folder
 from cache_format.upkeep.verify import verify
 from cache_format.writing.seal import describe_files, seal
 from extractor.config import PlanOptions
+from extractor.job.missing_shards import missing_shards
 from extractor.job.plan import Plan
-from extractor.job.resume import missing_shards
 
 SAMPLES_PER_SHARD, SAMPLES_PER_PART, LENGTHS = 256, 100_000, 8
 WIDTH_BYTES = 5 * 4096 * 2

@@ -26,9 +26,9 @@ import torch
 from safetensors.torch import save_file
 
 from cache_format.codecs import RawCodec, States
-from cache_format.layout.shard import ShardSchema
+from cache_format.layout.shard_layout import ShardSchema
+from cache_format.storage.commit import committed, sync_folder, write_all
 from cache_format.storage.direct_write import write_direct
-from cache_format.storage.files import committed, sync_folder, write_all
 from cache_format.writing.shard_buffer import ShardBuffer
 
 WIDTH = 5 * 4096

@@ -29,7 +29,7 @@ from typing import Any
 
 from cache_format.errors import DFlashCacheError
 from cache_format.layout.manifest import Manifest
-from cache_format.layout.shard import shard_name
+from cache_format.layout.shard_layout import shard_name
 
 ROWS_PER_PART = 64
 """Of samples/: small, so that kills fall between parts."""
@@ -189,7 +189,7 @@ def _command(arguments: list[str], log: Path, die_at: int) -> None:
 
 def _note_begun_shards(path: Path) -> None:
     """Write the number of each shard to ``path`` when the target begins with it."""
-    from extractor.job.run import ShardRunner
+    from extractor.job.run_shards import ShardRunner
 
     noted, fill = os.open(path, os.O_WRONLY | os.O_APPEND), ShardRunner._fill
 

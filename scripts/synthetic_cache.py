@@ -13,8 +13,8 @@ from cache_format.layout.captures import Captures
 from cache_format.layout.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, write_embeddings
 from cache_format.layout.manifest import DataInfo, Manifest, TargetInfo, Totals
 from cache_format.layout.samples import PartInfo, PreparedSamples, Sample, part_path, write_part
-from cache_format.layout.shard import shard_name
-from cache_format.storage.files import make_folder
+from cache_format.layout.shard_layout import shard_name
+from cache_format.storage.commit import make_folder
 from cache_format.writing.encode import encode_buffer
 from cache_format.writing.seal import describe_files, seal
 from cache_format.writing.shard_buffer import ShardBuffer

@@ -16,9 +16,9 @@ import pytest
 from jobs import contents
 
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
-from cache_format.layout.shard import shard_name
+from cache_format.layout.shard_layout import shard_name
+from cache_format.storage.commit import committed, make_folder, write_all
 from cache_format.storage.file_info import file_info
-from cache_format.storage.files import committed, make_folder, write_all
 from cache_format.upkeep.repair import QUARANTINE_NAME
 from cache_format.upkeep.verify import verify
 

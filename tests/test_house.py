@@ -64,7 +64,7 @@ IMPORTS = {name: imports(path) for name, path in MODULES.items()}
 
 
 def wing(module: str) -> str:
-    """``cache_format.layout.shard`` -> ``layout``, ``extractor.job.plan`` -> ``extractor.job``."""
+    """``cache_format.layout.shard_layout`` -> ``layout``, ``extractor.job.plan`` -> ``extractor.job``."""
     package, _, rest = module.partition(".")
     first = rest.split(".")[0]
     return first if package == "cache_format" else f"extractor.{first}"

@@ -15,7 +15,7 @@ from jobs import contents
 from cache_format.layout.manifest import Manifest
 from cache_format.upkeep.repair import QUARANTINE_NAME
 from cache_format.upkeep.verify import verify
-from extractor.job.run import NUM_BUFFERS
+from extractor.job.run_shards import NUM_BUFFERS
 
 KILLED = -signal.SIGKILL
 

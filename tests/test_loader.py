@@ -15,7 +15,7 @@ from synthetic import states_of, write_cache
 from torch.utils.data import DataLoader
 
 from cache_format import CacheError, DFlashTargetBatch, FeatureCache, InputError, MismatchError, collate
-from cache_format.reading.pool import BufferPool
+from cache_format.reading.buffer_pool import BufferPool
 
 HIDDEN = 256
 LENGTHS = [5, 31, 12, 1, 17, 9, 26, 8, 40, 3, 22, 14, 6, 19, 2, 33, 11, 28, 7]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from cache_format.codecs import RawCodec, States
 from cache_format.errors import InputError
-from cache_format.layout.shard import ShardSchema
+from cache_format.layout.shard_layout import ShardSchema
 from extractor.config import PlanOptions
 from extractor.job.plan import Plan
 

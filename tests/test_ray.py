@@ -18,7 +18,7 @@ from jobs import contents
 from s3 import objects
 
 from cache_format import InputError
-from cache_format.layout.shard import shard_name
+from cache_format.layout.shard_layout import shard_name
 from cache_format.storage.store import Store
 from extractor.engine.ray import BARREN_DEATHS
 from extractor.engine.shard_queue import MAX_TRIES, ShardQueue, WorkerError

@@ -111,8 +111,8 @@ def test_recompute_proves_that_states_belong_to_tokens_and_target(made, cli, tin
 
 def test_recompute_finds_states_filed_under_other_tokens(made, cli, tiny_target, tmp_path):
     """The bug that no checksum can find: right when written, but of another sample."""
-    from cache_format.layout.shard import shard_name
-    from cache_format.layout.shard_file import ShardFile
+    from cache_format.layout.shard_layout import shard_name
+    from cache_format.layout.shard_reader import ShardFile
     from cache_format.writing.seal import seal
     from cache_format.writing.shard_buffer import ShardBuffer
 

@@ -10,11 +10,11 @@ import pytest
 from cache_format.errors import CacheError
 from cache_format.layout.manifest import Manifest
 from cache_format.layout.samples import PreparedSamples
-from cache_format.layout.shard import shard_name
-from cache_format.layout.shard_file import ShardFile
+from cache_format.layout.shard_layout import shard_name
+from cache_format.layout.shard_reader import ShardFile
 from extractor.config import PlanOptions
+from extractor.job.missing_shards import missing_shards
 from extractor.job.plan import Plan
-from extractor.job.resume import missing_shards
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def scan(made, tmp_path):
 
 def test_finished_shards_are_told_without_parsing_them(scan, monkeypatch):
     cache, missing = scan
-    monkeypatch.setattr("extractor.job.resume.ShardFile", None)
+    monkeypatch.setattr("extractor.job.missing_shards.ShardFile", None)
     assert missing() == []
     (cache / shard_name(2)).unlink()
     assert missing() == [2]

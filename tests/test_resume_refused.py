@@ -16,9 +16,8 @@ from jobs import contents
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from cache_format.layout.manifest import Manifest, fingerprint
+from cache_format.layout.manifest import LATER_IDENTITY, Manifest, fingerprint
 from cache_format.layout.samples import PartInfo, Sample, part_path, write_part
-from cache_format.upkeep.repair import LATER_IDENTITY
 
 
 @pytest.fixture(scope="module", autouse=True)

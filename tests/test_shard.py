@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from cache_format.codecs import RawCodec, States
 from cache_format.errors import CacheError
-from cache_format.layout.shard import ShardSchema
-from cache_format.layout.shard_file import ShardFile
+from cache_format.layout.shard_layout import ShardSchema
+from cache_format.layout.shard_reader import ShardFile
 from cache_format.writing.shard_buffer import ShardBuffer
 
 FINGERPRINT = "ab" * 32
@@ -125,7 +125,7 @@ def test_a_shard_of_another_cache_is_refused(tmp_path, other, named):
 
 def test_an_undamaged_header_is_compared_and_not_parsed(tmp_path, monkeypatch):
     write(tmp_path / "a")
-    monkeypatch.setattr("cache_format.layout.shard_file.read_container", None)
+    monkeypatch.setattr("cache_format.layout.shard_reader.read_container", None)
     with ShardFile(tmp_path / "a", schema(), 7) as shard:
         assert shard.num_tokens == 11
 

@@ -17,7 +17,7 @@ from jobs import contents
 from cache_format import FeatureCache
 from cache_format.layout.samples import read_part
 from cache_format.upkeep.verify import verify
-from extractor.job.run import NUM_BUFFERS
+from extractor.job.run_shards import NUM_BUFFERS
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 

@@ -13,8 +13,9 @@ import time
 import pytest
 
 from cache_format.errors import CacheError, StorageError
-from cache_format.storage.files import committed, inside, make_folder, remove_temporaries
+from cache_format.storage.commit import committed, make_folder, remove_temporaries
 from cache_format.storage.lock import LOCK_NAME, LockedError, writing
+from cache_format.storage.paths import inside
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", ".", "a//b", "a\\b", "a\0b", "a/.."])
@@ -61,7 +62,7 @@ def test_a_failed_commit_leaves_the_old_file_and_nothing_else(tmp_path):
 def test_what_a_killed_process_left_is_removed(tmp_path):
     code = (
         "import os, pathlib, signal\n"
-        "from cache_format.storage.files import committed\n"
+        "from cache_format.storage.commit import committed\n"
         f"with committed(pathlib.Path({str(tmp_path / 'f')!r})) as file:\n"
         "    file.write(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )

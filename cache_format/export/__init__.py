@@ -5,12 +5,12 @@
 """
 
 from cache_format.export.deepspec import DEEPSPEC
-from cache_format.export.layout import ExportFile, Layout, LeftOut
+from cache_format.export.interface import ExportFile, Layout, LeftOut
 from cache_format.export.modelopt import MODELOPT
 from cache_format.export.nemo_dspark import NEMO_DSPARK
-from cache_format.export.run import ExportPlan, ExportReport, export, plan_export
 from cache_format.export.specforge import SPECFORGE
 from cache_format.export.speculators import SPECULATORS
+from cache_format.export.write_export import ExportPlan, ExportReport, export, plan_export
 
 LAYOUTS = {layout.name: layout for layout in (SPECFORGE, SPECULATORS, MODELOPT, DEEPSPEC, NEMO_DSPARK)}
 """Name -> layout."""

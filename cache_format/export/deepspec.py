@@ -25,9 +25,9 @@ import numpy as np
 import torch
 
 from cache_format.errors import InputError
-from cache_format.export.layout import ExportFile, Layout, require_last_hidden_states, write_tensor
+from cache_format.export.interface import ExportFile, Layout, require_last_hidden_states, write_tensor
 from cache_format.reading.feature_cache import FeatureCache
-from cache_format.storage.files import write_all
+from cache_format.storage.commit import write_all
 
 VERSION = 2
 _TENSORS = ("input_ids", "attention_mask", "loss_mask", "target_hidden_states", "target_last_hidden_states")

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import BinaryIO
 
-from cache_format.export.layout import (
+from cache_format.export.interface import (
     FILES_A_FOLDER,
     ExportFile,
     Layout,

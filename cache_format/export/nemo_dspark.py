@@ -26,7 +26,7 @@ from typing import BinaryIO
 import torch
 
 from cache_format.codecs.dtypes import DTYPE_NAMES
-from cache_format.export.layout import (
+from cache_format.export.interface import (
     ExportFile,
     Layout,
     require_last_hidden_states,
@@ -35,7 +35,7 @@ from cache_format.export.layout import (
     write_safetensors,
 )
 from cache_format.reading.feature_cache import FeatureCache
-from cache_format.storage.files import write_all
+from cache_format.storage.commit import write_all
 
 FORMAT_VERSION = 1
 SHARD_BYTES = 256 << 20

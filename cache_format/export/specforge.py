@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import BinaryIO
 
-from cache_format.export.layout import FILES_A_FOLDER, ExportFile, Layout, LeftOut, write_torch
+from cache_format.export.interface import FILES_A_FOLDER, ExportFile, Layout, LeftOut, write_torch
 from cache_format.layout.manifest import Manifest
 from cache_format.reading.feature_cache import FeatureCache
 

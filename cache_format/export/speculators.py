@@ -24,9 +24,9 @@ import pyarrow as pa
 
 from cache_format.codecs.dtypes import DTYPE_NAMES
 from cache_format.errors import InputError
-from cache_format.export.layout import ExportFile, Layout, last_layer, safetensors_size, write_safetensors
+from cache_format.export.interface import ExportFile, Layout, last_layer, safetensors_size, write_safetensors
 from cache_format.reading.feature_cache import FeatureCache
-from cache_format.storage.files import write_all
+from cache_format.storage.commit import write_all
 
 ROWS_A_FILE = 10_000
 SCHEMA = pa.schema({"input_ids": pa.list_(pa.int64()), "loss_mask": pa.list_(pa.int64()), "seq_len": pa.int64()})

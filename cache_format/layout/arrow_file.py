@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from cache_format.errors import CacheError, StorageError
-from cache_format.storage.files import committed, open_for_reading
+from cache_format.storage.commit import committed
+from cache_format.storage.paths import open_for_reading
 
 _MAGIC = b"ARROW1\0\0"
 

@@ -14,7 +14,8 @@ from cache_format.errors import CacheError, StorageError
 from cache_format.layout.manifest import TargetInfo
 from cache_format.layout.safetensors_file import plan_container, read_container
 from cache_format.storage.byte_source import LocalFile
-from cache_format.storage.files import committed, inside, write_all
+from cache_format.storage.commit import committed, write_all
+from cache_format.storage.paths import inside
 
 EMBEDDINGS_NAME = "target/embeddings.safetensors"
 EMBED = "embed_tokens.weight"

@@ -17,8 +17,8 @@ import pyarrow as pa
 from cache_format.codecs.interface import ENERGY
 from cache_format.errors import CacheError
 from cache_format.layout.arrow_file import numbers, read_batch, write_batch
-from cache_format.layout.shard import ShardSchema, shard_name
-from cache_format.layout.shard_file import ShardFile
+from cache_format.layout.shard_layout import ShardSchema, shard_name
+from cache_format.layout.shard_reader import ShardFile
 from cache_format.storage.folder import Folder
 
 INDEX_NAME = "index.arrow"

@@ -20,13 +20,16 @@ from cache_format.codecs import States, codec_from_dict
 from cache_format.codecs.dtypes import torch_dtype
 from cache_format.errors import CacheError, MismatchError, StorageError
 from cache_format.layout.captures import Captures
-from cache_format.layout.shard import FORMAT_NAME, FORMAT_VERSION, ShardSchema, capture_tensors
+from cache_format.layout.shard_layout import FORMAT_NAME, FORMAT_VERSION, ShardSchema, capture_tensors
+from cache_format.storage.commit import committed, write_all
 from cache_format.storage.file_info import FileInfo
-from cache_format.storage.files import committed, inside, open_for_reading, write_all
+from cache_format.storage.paths import inside, open_for_reading
 
 MANIFEST_NAME = "manifest.json"
 STATES = ("preparing", "extracting", "complete")
 MAX_MANIFEST_BYTES = 64 << 20
+LATER_IDENTITY = ("samples", "padding", "attn_implementation")
+"""Identity fields that are found out while the samples are prepared and the target is loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import xxhash
 
 from cache_format.errors import CacheError
 from cache_format.layout.arrow_file import read_batch, write_batch
-from cache_format.storage.files import inside
+from cache_format.storage.paths import inside
 
 SCHEMA = pa.schema(
     [

@@ -21,8 +21,8 @@ from cache_format.errors import CacheError, InputError, StorageError
 from cache_format.layout.embeddings import EMBEDDINGS_NAME, load_input_embeddings, load_output_embeddings
 from cache_format.layout.index import INDEX_NAME, SHARDS_NAME, Index, read_index, read_shard_sizes, tables_from_shards
 from cache_format.layout.manifest import Manifest
-from cache_format.layout.shard import finished_shards, sample_hasher, shard_name
-from cache_format.layout.shard_file import ShardFile
+from cache_format.layout.shard_layout import finished_shards, sample_hasher, shard_name
+from cache_format.layout.shard_reader import ShardFile
 from cache_format.reading.expect import check_expected
 from cache_format.reading.gather import Gathered, Piece, gather, widened
 from cache_format.reading.loader import CacheLoader, LoaderOptions, default_rank

@@ -23,8 +23,8 @@ from cache_format.codecs.interface import BLOCKS
 from cache_format.errors import CacheError
 from cache_format.layout.index import Index
 from cache_format.layout.manifest import Manifest
-from cache_format.layout.shard import ShardSchema
-from cache_format.layout.shard_file import ShardFile
+from cache_format.layout.shard_layout import ShardSchema
+from cache_format.layout.shard_reader import ShardFile
 from cache_format.reading.read_ahead import Turn
 
 _ALIGNMENT = 64

@@ -27,6 +27,7 @@ from cache_format.batch import DFlashTargetBatch
 from cache_format.device import count, current_stream, has_streams, new_stream, on_stream, used_on
 from cache_format.errors import InputError, MismatchError
 from cache_format.layout.index import Index
+from cache_format.reading.buffer_pool import BufferPool
 from cache_format.reading.gather import BatchSource, Gathered, batch_bytes
 from cache_format.reading.order import (
     SHUFFLES,
@@ -42,7 +43,6 @@ from cache_format.reading.order import (
     require_rows,
     window_order,
 )
-from cache_format.reading.pool import BufferPool
 from cache_format.reading.read_ahead import Turn
 
 Filter = Callable[[Index], np.ndarray]

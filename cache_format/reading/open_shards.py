@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cache_format.codecs.dtypes import DTYPES
 from cache_format.errors import CacheError
-from cache_format.layout.shard import ShardSchema
-from cache_format.layout.shard_file import ShardFile
+from cache_format.layout.shard_layout import ShardSchema
+from cache_format.layout.shard_reader import ShardFile
 from cache_format.storage.byte_source import ByteSource, LocalFile
 
 MAX_OPEN_SHARDS = 128

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cache_format.errors import CacheError, InputError
 from cache_format.layout.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
-from cache_format.storage.files import committed, make_folder, write_all
+from cache_format.storage.commit import committed, make_folder, write_all
 from cache_format.storage.folder import StoreFolder
 from cache_format.storage.shard_cache import ShardCache
 from cache_format.storage.store import Store

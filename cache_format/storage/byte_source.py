@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from cache_format.errors import CacheError, StorageError
-from cache_format.storage.files import open_for_reading
+from cache_format.storage.paths import open_for_reading
 
 
 class ByteSource(Protocol):

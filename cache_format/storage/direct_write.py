@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from cache_format.storage.files import write_all
+from cache_format.storage.commit import write_all
 from cache_format.storage.host_memory import PAGE
 
 _REFUSALS = (errno.EINVAL, errno.EFAULT, errno.EOPNOTSUPP)

@@ -8,7 +8,7 @@ from pathlib import Path
 import xxhash
 
 from cache_format.errors import StorageError
-from cache_format.storage.files import open_for_reading
+from cache_format.storage.paths import open_for_reading
 
 
 @dataclass(frozen=True, kw_only=True)

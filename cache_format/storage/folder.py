@@ -18,8 +18,9 @@ from typing import Protocol
 
 from cache_format.errors import CacheError, StorageError
 from cache_format.storage.byte_source import ByteSource, LocalFile
+from cache_format.storage.commit import TEMPORARY_SUFFIX, make_folder
 from cache_format.storage.file_info import FileInfo, file_info
-from cache_format.storage.files import TEMPORARY_SUFFIX, inside, make_folder
+from cache_format.storage.paths import inside
 from cache_format.storage.shard_cache import ShardCache
 from cache_format.storage.store import Store, is_url
 from cache_format.storage.store_file import StoreFile

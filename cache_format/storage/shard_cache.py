@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cache_format.errors import CacheError, InputError, StorageError
 from cache_format.storage.byte_source import LocalFile
-from cache_format.storage.files import TEMPORARY_SUFFIX, make_folder
+from cache_format.storage.commit import TEMPORARY_SUFFIX, make_folder
 
 _STRIPES = 64
 """Lock files: downloads of shards that share one wait for each other."""

@@ -22,7 +22,7 @@ import fsspec
 import numpy as np
 
 from cache_format.errors import CacheError, InputError, StoreError
-from cache_format.storage.files import is_plain
+from cache_format.storage.paths import is_plain
 
 EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hub"}
 """URL scheme -> the extra of this package that brings its library."""

@@ -23,13 +23,14 @@ from cache_format.codecs.dtypes import DTYPES
 from cache_format.errors import CacheError, InputError
 from cache_format.layout.index import INDEX_NAME, SHARDS_NAME
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest, require_same_identity
-from cache_format.layout.shard import ShardSchema, shard_name
-from cache_format.layout.shard_file import ShardFile
+from cache_format.layout.shard_layout import ShardSchema, shard_name
+from cache_format.layout.shard_reader import ShardFile
 from cache_format.reading.feature_cache import FeatureCache
+from cache_format.storage.commit import committed, make_folder, remove_temporaries
 from cache_format.storage.file_info import file_info
-from cache_format.storage.files import committed, inside, make_folder, remove_temporaries
 from cache_format.storage.host_memory import host_memory
 from cache_format.storage.lock import writing
+from cache_format.storage.paths import inside
 from cache_format.writing.encode import encode_shard
 from cache_format.writing.seal import seal
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cache_format.layout.manifest import require_same_identity
-from cache_format.layout.shard import shard_name
+from cache_format.layout.shard_layout import shard_name
 from cache_format.reading.feature_cache import FeatureCache
-from cache_format.storage.files import make_folder
+from cache_format.storage.commit import make_folder
 from cache_format.storage.lease import leased
 from cache_format.storage.lock import writing
 from cache_format.storage.store import Store

@@ -17,11 +17,12 @@ from typing import Any
 
 from cache_format.errors import CacheError, StorageError
 from cache_format.layout.index import INDEX_NAME, SHARDS_NAME
-from cache_format.layout.manifest import MANIFEST_NAME, Manifest
-from cache_format.storage.files import inside, is_plain, make_folder, sync_folder
+from cache_format.layout.manifest import LATER_IDENTITY, MANIFEST_NAME, Manifest
+from cache_format.storage.commit import make_folder, sync_folder
 from cache_format.storage.folder import Folder, StoreFolder, open_folder
 from cache_format.storage.lease import leased
 from cache_format.storage.lock import writing
+from cache_format.storage.paths import inside, is_plain
 from cache_format.storage.store import Store, is_url
 from cache_format.upkeep.verify import Problem
 from cache_format.writing.seal import seal
@@ -29,8 +30,6 @@ from cache_format.writing.upload import Upload
 
 QUARANTINE_NAME = "quarantine"
 _TABLES = frozenset({INDEX_NAME, SHARDS_NAME})
-LATER_IDENTITY = ("samples", "padding", "attn_implementation")
-"""Identity fields that are found out while the samples are prepared and the target is loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ from cache_format.layout.embeddings import EMBEDDINGS_NAME
 from cache_format.layout.index import INDEX_NAME, SHARDS_NAME, Index, ShardRow, read_index, read_shards, shard_rows
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
 from cache_format.layout.samples import PreparedSamples, Sample, part_path
-from cache_format.layout.shard import ShardSchema, shard_name
-from cache_format.layout.shard_file import ShardFile
+from cache_format.layout.shard_layout import ShardSchema, shard_name
+from cache_format.layout.shard_reader import ShardFile
+from cache_format.storage.commit import TEMPORARY_SUFFIX
 from cache_format.storage.file_info import file_info
-from cache_format.storage.files import TEMPORARY_SUFFIX
 from cache_format.storage.folder import Folder, open_folder
 
 PROVES = {

@@ -9,7 +9,7 @@ import torch
 
 from cache_format.codecs import BlockCodec, RowCodec, States
 from cache_format.codecs.interface import BLOCK_STARTS, BLOCKS, ENERGY
-from cache_format.layout.shard import ShardSchema
+from cache_format.layout.shard_layout import ShardSchema
 from cache_format.writing.shard_buffer import ShardBuffer
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from cache_format.codecs.dtypes import DTYPES
 from cache_format.codecs.interface import BLOCK_STARTS, BLOCKS
 from cache_format.layout.safetensors_file import Container, TensorPlace
-from cache_format.layout.shard import ShardSchema, sample_hasher
+from cache_format.layout.shard_layout import ShardSchema, sample_hasher
+from cache_format.storage.commit import committed, write_all
 from cache_format.storage.direct_write import write_direct
-from cache_format.storage.files import committed, write_all
 from cache_format.storage.host_memory import PAGE, host_memory
 
 

@@ -18,11 +18,12 @@ from pathlib import Path
 from cache_format.errors import CacheError, InputError, MismatchError, StorageError
 from cache_format.layout.index import INDEX_NAME, SHARDS_NAME, Part, shard_rows
 from cache_format.layout.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
-from cache_format.layout.shard import ShardSchema, finished_shards, shard_name
-from cache_format.layout.shard_file import ShardFile
-from cache_format.storage.files import inside, make_folder
+from cache_format.layout.shard_layout import ShardSchema, finished_shards, shard_name
+from cache_format.layout.shard_reader import ShardFile
+from cache_format.storage.commit import make_folder
 from cache_format.storage.folder import StoreFolder
 from cache_format.storage.lock import LOCK_NAME
+from cache_format.storage.paths import inside
 from cache_format.storage.store import Store
 from cache_format.writing.seal import seal
 

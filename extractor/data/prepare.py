@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from cache_format.errors import CacheError, DFlashCacheError, InputError
 from cache_format.layout.samples import PartInfo, Sample, part_path, read_part, write_part
-from cache_format.storage.files import make_folder
+from cache_format.storage.commit import make_folder
 from extractor.config import PrepareOptions
 from extractor.data.conversation import conversation_of, detect_format, ids_of, text_of
 from extractor.data.dataset import BadRow, RawRow, Rows, RowSource, parse_row

@@ -18,7 +18,7 @@ from extractor.config import ExtractOptions
 from extractor.engine.shard_queue import WorkerError
 from extractor.job.job import extract
 from extractor.job.report import ExtractReport, progress_note
-from extractor.job.run import RunStats, added
+from extractor.job.run_shards import RunStats, added
 from extractor.job.worker import Worker
 from extractor.terminal.progress import Reporter, say
 from extractor.terminal.signals import Stopped, stoppable

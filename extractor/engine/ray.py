@@ -31,7 +31,7 @@ from extractor.job.destination import Destination
 from extractor.job.job import Job, opened
 from extractor.job.plan import Plan
 from extractor.job.report import ExtractReport, progress_note
-from extractor.job.run import DeviceMemoryError, NonFiniteError, RunStats, added
+from extractor.job.run_shards import DeviceMemoryError, NonFiniteError, RunStats, added
 from extractor.job.worker import Worker
 from extractor.target.load_target import resolve_dtype
 from extractor.terminal.progress import Reporter, say

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from extractor.config import ExtractOptions
     from extractor.job.destination import Destination
-    from extractor.job.run import RunStats
+    from extractor.job.run_shards import RunStats
 
 
 class ShardWorker:
@@ -55,7 +55,7 @@ class ShardWorker:
             DFlashCacheError: this node's files are not those of the cache, or as ``extractor.job.job.extract``.
         """
         from extractor.job.job import Job
-        from extractor.job.run import RunStats
+        from extractor.job.run_shards import RunStats
         from extractor.job.worker import Worker
 
         worker = Worker(job=self._job)
@@ -100,7 +100,7 @@ class ShardWorker:
         """Make and commit a shard; all that this worker has committed so far.
 
         Raises:
-            DFlashCacheError: as :meth:`extractor.job.run.ShardRunner.run`.
+            DFlashCacheError: as :meth:`extractor.job.run_shards.ShardRunner.run`.
         """
         with self._computing:
             before = replace(self._making.stats)
@@ -123,7 +123,7 @@ class ShardWorker:
 
 def _free_scratch(below: Path, held: ExitStack) -> Path:
     """A scratch folder that no living worker has, until ``held`` is closed; then it goes, and those of dead workers."""
-    from cache_format.storage.files import make_folder
+    from cache_format.storage.commit import make_folder
     from cache_format.storage.lock import LockedError, writing
 
     for number in itertools.count():

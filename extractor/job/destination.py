@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from cache_format.layout.manifest import Manifest
-from cache_format.layout.shard import ShardSchema
+from cache_format.layout.shard_layout import ShardSchema
 from extractor.job.plan import Plan
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from cache_format.codecs import CODECS, BlockCodec, States, codec_named
 from cache_format.codecs.dtypes import torch_dtype
 from cache_format.errors import InputError
-from cache_format.layout.shard import ShardSchema, capture_tensors
+from cache_format.layout.shard_layout import ShardSchema, capture_tensors
 from extractor.config import DEFAULT_BATCH_TOKENS, ExtractOptions
 from extractor.data.dataset import open_source
 from extractor.data.prepare import prepare_rows

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
-from cache_format.layout.shard import ShardSchema, shard_name
-from cache_format.storage.files import inside, make_folder, remove_temporaries
+from cache_format.layout.shard_layout import ShardSchema, shard_name
+from cache_format.storage.commit import make_folder, remove_temporaries
 from cache_format.storage.lock import writing
+from cache_format.storage.paths import inside
 from cache_format.writing.seal import seal
 from extractor.job.destination import Destination
+from extractor.job.missing_shards import missing_shards, require_all_files
 from extractor.job.out_folder import refuse_foreign_folder
 from extractor.job.plan import Plan
-from extractor.job.resume import missing_shards, require_all_files
 
 
 class FolderDestination(Destination):

@@ -8,7 +8,7 @@ from typing import Any
 
 from cache_format.errors import InputError
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
-from cache_format.layout.shard import finished_shards, shard_name
+from cache_format.layout.shard_layout import finished_shards, shard_name
 from cache_format.storage.folder import open_folder
 from extractor.terminal.progress import size
 

@@ -12,9 +12,16 @@ from torch import nn
 
 from cache_format.codecs.dtypes import torch_dtype
 from cache_format.errors import CacheError, InputError
-from cache_format.layout.manifest import MANIFEST_NAME, DataInfo, Manifest, TargetInfo, Totals, require_same_identity
+from cache_format.layout.manifest import (
+    LATER_IDENTITY,
+    MANIFEST_NAME,
+    DataInfo,
+    Manifest,
+    TargetInfo,
+    Totals,
+    require_same_identity,
+)
 from cache_format.layout.samples import PreparedSamples, part_path
-from cache_format.upkeep.repair import LATER_IDENTITY
 from cache_format.writing.seal import describe_files
 from extractor.config import DEFAULT_BATCH_TOKENS, ExtractOptions
 from extractor.data.dataset import open_source
@@ -25,7 +32,7 @@ from extractor.job.identity import inputs_identity, other_software, software
 from extractor.job.out_folder import require_space, shards_schema
 from extractor.job.plan import Plan
 from extractor.job.report import ExtractReport, progress_note
-from extractor.job.run import RunStats, ShardRunner
+from extractor.job.run_shards import RunStats, ShardRunner
 from extractor.job.timeline import Timeline
 from extractor.job.url_destination import UrlDestination
 from extractor.job.worker import Worker

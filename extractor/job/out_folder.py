@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cache_format.errors import InputError
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
-from cache_format.layout.shard import ShardSchema
+from cache_format.layout.shard_layout import ShardSchema
 from cache_format.storage.lock import LOCK_NAME
 from cache_format.upkeep.repair import QUARANTINE_NAME
 from extractor.terminal.progress import size

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache_format.layout.shard import ShardSchema
+from cache_format.layout.shard_layout import ShardSchema
 from extractor.config import PlanOptions
 
 HEAD_SLACK_BYTES = 16 << 10

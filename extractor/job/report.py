@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from extractor.job.run import RunStats
+from extractor.job.run_shards import RunStats
 from extractor.terminal.progress import compact
 
 

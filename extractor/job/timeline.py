@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cache_format.device import current_stream, has_streams, synchronize, timing_event
-from cache_format.storage.files import committed, write_all
+from cache_format.storage.commit import committed, write_all
 
 DEVICE_TRACK = "device"
 

@@ -11,17 +11,17 @@ import numpy as np
 
 from cache_format.errors import CacheError
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
-from cache_format.layout.shard import ShardSchema, shard_name
-from cache_format.storage.files import make_folder
+from cache_format.layout.shard_layout import ShardSchema, shard_name
+from cache_format.storage.commit import make_folder
 from cache_format.storage.lease import leased
 from cache_format.storage.lock import writing
 from cache_format.storage.store import Store
 from cache_format.writing.upload import Upload
 from extractor.job.destination import Destination
 from extractor.job.folder_destination import FolderDestination, clear
+from extractor.job.missing_shards import missing_shards, way_out
 from extractor.job.plan import Plan
-from extractor.job.resume import missing_shards, way_out
-from extractor.job.run import NUM_BUFFERS
+from extractor.job.run_shards import NUM_BUFFERS
 from extractor.terminal.progress import say
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from cache_format.codecs.dtypes import DTYPES
 from cache_format.device import release_memory, sent
 from cache_format.layout.captures import LAST_HIDDEN_STATES, LOGSUMEXP, Captures
-from cache_format.layout.shard import capture_tensors
+from cache_format.layout.shard_layout import capture_tensors
 
 
 class TargetBackend(ABC):

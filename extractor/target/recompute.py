@@ -11,7 +11,7 @@ import torch
 from cache_format.codecs import codec_named
 from cache_format.errors import InputError
 from cache_format.layout.manifest import require_same_identity
-from cache_format.layout.shard import shard_name
+from cache_format.layout.shard_layout import shard_name
 from cache_format.reading.feature_cache import FeatureCache
 from cache_format.upkeep.verify import Problem
 from extractor.target.backend import TargetBackend

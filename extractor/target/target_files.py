@@ -11,7 +11,7 @@ from typing import Any
 
 from cache_format.errors import StorageError
 from cache_format.layout.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, HEAD_BIAS, write_embeddings
-from cache_format.storage.files import TEMPORARY_SUFFIX, committed, make_folder, write_all
+from cache_format.storage.commit import TEMPORARY_SUFFIX, committed, make_folder, write_all
 
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 

@@ -9,7 +9,7 @@ import numpy as np
 from edit import shard
 
 from cache_format.layout.manifest import Manifest
-from cache_format.layout.shard_file import ShardFile
+from cache_format.layout.shard_reader import ShardFile
 
 
 def attack(cache: Path) -> None:

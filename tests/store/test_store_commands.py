@@ -10,7 +10,7 @@ from jobs import contents
 from s3 import objects, put, upload_folder
 
 from cache_format.layout.manifest import MANIFEST_NAME
-from cache_format.layout.shard import shard_name
+from cache_format.layout.shard_layout import shard_name
 from cache_format.storage.store import Store
 
 

@@ -18,7 +18,7 @@ from s3 import SECRET, objects, put, upload_folder
 from cache_format import FeatureCache
 from cache_format.errors import InputError
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
-from cache_format.layout.shard import shard_name
+from cache_format.layout.shard_layout import shard_name
 from cache_format.storage import lease, store
 from cache_format.storage.lock import LOCK_NAME
 from cache_format.storage.store import Store

@@ -18,7 +18,7 @@ from s3 import SECRET, objects, put, upload_folder
 from synthetic import write_cache
 
 from cache_format import CacheError, FeatureCache, InputError, collate
-from cache_format.layout.shard import shard_name
+from cache_format.layout.shard_layout import shard_name
 from cache_format.storage import store
 from cache_format.storage.shard_cache import ShardCache
 

@@ -28,7 +28,7 @@ from cache_format.codecs.interface import ENERGY
 from cache_format.device import CPU, current_stream, has_streams, new_stream, on_stream, synchronize, to_host, used_on
 from cache_format.errors import DFlashCacheError
 from cache_format.layout.samples import PreparedSamples
-from cache_format.layout.shard import ShardSchema, shard_name
+from cache_format.layout.shard_layout import ShardSchema, shard_name
 from cache_format.writing.encode import encode_buffer
 from cache_format.writing.shard_buffer import ShardBuffer
 from extractor.job.plan import Plan, ShardPlan

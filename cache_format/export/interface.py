@@ -15,7 +15,7 @@ from cache_format.codecs.dtypes import DTYPE_NAMES
 from cache_format.errors import InputError
 from cache_format.layout.safetensors_file import plan_container
 from cache_format.reading.feature_cache import FeatureCache
-from cache_format.storage.files import write_all
+from cache_format.storage.commit import write_all
 
 FILES_A_FOLDER = 5_000
 """Samples in one folder where the peer's reader walks folders: listing a folder of a million files is slow."""

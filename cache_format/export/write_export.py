@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cache_format.errors import CacheError, InputError, MismatchError, StorageError
-from cache_format.export.layout import Layout, LeftOut
+from cache_format.export.interface import Layout, LeftOut
 from cache_format.reading.feature_cache import FeatureCache
-from cache_format.storage.files import committed, make_folder, remove_temporaries, write_all
+from cache_format.storage.commit import committed, make_folder, remove_temporaries, write_all
 
 MARKER_NAME = "export.json"
 FORMAT_NAME = "dflash-cache-export"

@@ -11,7 +11,7 @@ import xxhash
 from cache_format.codecs.interface import BLOCK_STARTS, BLOCKS
 from cache_format.errors import CacheError
 from cache_format.layout.safetensors_file import Container, read_container
-from cache_format.layout.shard import ShardSchema, sample_hasher
+from cache_format.layout.shard_layout import ShardSchema, sample_hasher
 from cache_format.storage.byte_source import ByteSource, LocalFile
 
 READ_CHUNK_BYTES = 4 << 20

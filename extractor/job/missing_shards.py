@@ -11,9 +11,9 @@ import numpy as np
 
 from cache_format.errors import CacheError
 from cache_format.layout.manifest import Manifest
-from cache_format.layout.shard import ShardSchema, shard_name
-from cache_format.layout.shard_file import ShardFile
-from cache_format.storage.files import inside
+from cache_format.layout.shard_layout import ShardSchema, shard_name
+from cache_format.layout.shard_reader import ShardFile
+from cache_format.storage.paths import inside
 from extractor.job.plan import Plan
 
 
