@@ -210,7 +210,7 @@ KILL = """
 import os, signal, sys
 from pathlib import Path
 from cache_format import FeatureCache
-from cache_format.export import LAYOUTS, export, layout
+from cache_format.export import LAYOUTS, export, interface as layout
 source, name, out, after = sys.argv[1:]
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 if after == "first byte":
