@@ -13,7 +13,7 @@ import torch
 import xxhash
 from torch import nn
 
-from cache_format.device import CPU, accelerators, count, parse
+from cache_format.device import CPU, accelerators, count, has_streams, parse
 from cache_format.errors import InputError
 from cache_format.storage.file_info import file_info
 from extractor.config import TargetOptions
@@ -188,13 +188,13 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """``auto`` (the ``local_rank``-th accelerator, else the CPU), ``cpu``, or such as ``cuda`` and ``cuda:1``.
+    """``auto`` (the ``local_rank``-th accelerator with streams, else the CPU), ``cpu``, or such as ``cuda:1``.
 
     Raises:
         InputError: no such device here.
     """
     if name == "auto":
-        found = accelerators()
+        found = [device for device in accelerators() if has_streams(device)]
         return found[local_rank % len(found)] if found else CPU
     try:
         device = parse(name)
@@ -206,14 +206,14 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:
-    """``auto`` is bfloat16 on an accelerator and float32 on the CPU.
+    """``auto`` is bfloat16 on a device with streams (CUDA and its like) and float32 on the CPU and elsewhere.
 
     Raises:
         InputError: not a dtype that can be stored.
     """
     known = ("float32", "bfloat16", "float16")
     if name == "auto":
-        return "float32" if device == CPU else "bfloat16"
+        return "bfloat16" if has_streams(device) else "float32"
     if name not in known:
         raise InputError(f"--dtype {name!r} is not one of auto, {', '.join(known)}")
     return name
