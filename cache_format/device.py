@@ -1,8 +1,8 @@
 """The device seam: streams, events, page-locked memory and memory statistics of whatever accelerator torch has.
 
 No other file names a kind of device: CUDA, ROCm (which torch calls cuda), XPU and Ascend NPU take the same way, by
-``torch.accelerator`` and ``torch.get_device_module``. A device without streams (the CPU, MPS) does what it is told at
-once; callers ask :func:`has_streams` and take the plain way then.
+``torch.accelerator`` and the module of that name in torch. A device without streams (the CPU, MPS) does what it is
+told at once; callers ask :func:`has_streams` and take the plain way then.
 
 Streams and events are those of torch: ``record_event``, ``wait_event``, ``wait_stream``, ``query``, ``synchronize``.
 """
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
-_NO_HARDWARE = ("cpu", "meta")
 
 RAY_GPUS = "cuda"
 """Kind of the devices that a Ray cluster counts as GPUs; the driver may have none itself."""
@@ -38,24 +37,23 @@ def parse(text: torch.device | str) -> torch.device:
 
 
 def accelerators() -> list[torch.device]:
-    """The accelerators of this machine, in order; empty where torch finds none."""
+    """The accelerators of this machine that work through streams, in order; empty where torch finds none."""
     if not torch.accelerator.is_available():
         return []
     kind = torch.accelerator.current_accelerator()
-    assert kind is not None
-    return [torch.device(kind.type, number) for number in range(torch.accelerator.device_count())]
+    if not has_streams(kind):
+        return []
+    return [torch.device(kind.type, number) for number in range(torch.accelerator.device_count())]  # type: ignore[union-attr]
 
 
 def count(kind: str) -> int:
-    """Devices of that kind (``cuda``, ``xpu``, ...) on this machine; 1 of those that need no hardware."""
-    if kind in _NO_HARDWARE:
-        return 1
+    """Devices with streams of that kind (``cuda``, ``xpu``, ...) on this machine."""
     return sum(device.type == kind for device in accelerators())
 
 
 def has_streams(device: torch.device | None) -> bool:
     """Whether ``device`` works through streams: what it is given returns before it is done."""
-    return device is not None and device.type not in _NO_HARDWARE and hasattr(_module(device), "Stream")
+    return device is not None and device.type != CPU.type and hasattr(_module(device), "Stream")
 
 
 def name(device: torch.device) -> str:
@@ -73,6 +71,11 @@ def select(device: torch.device) -> None:
 def collective_backend(device: torch.device) -> str:
     """The backend of torch.distributed for tensors on ``device``."""
     return _COLLECTIVES.get(device.type, "gloo")
+
+
+def leaves_alone(device: torch.device) -> bool:
+    """Whether a process may destroy its part of such a group while others are in a collective: NCCL would wait."""
+    return collective_backend(device) == "gloo"
 
 
 def new_stream(device: torch.device) -> Any:
@@ -141,5 +144,5 @@ def peak_share(device: torch.device) -> float:
 
 
 def _module(device: torch.device) -> Any:
-    """``torch.cuda`` and its like."""
-    return torch.get_device_module(device)
+    """``torch.cuda`` and its like; None for kinds without one (meta, xla)."""
+    return getattr(torch, device.type, None)

@@ -187,7 +187,7 @@ class Bench:
             schema=self.manifest.schema(),
             plan=self.plan,
             samples=self.samples,
-            extractor=self.extractor,
+            backend=self.extractor,
             device=self.device,
             on_nonfinite="fail",
         )

@@ -5,7 +5,7 @@
 In one run, alternating, on one synthetic cache (samples of log-normal length, Qwen3-8B's width: 40 KB a token):
   hash        XXH3 over data in memory, one thread a core: the hashing that verify has to do, and nothing else
   read        the shards read with preadv into one reused buffer a thread: the reading that verify has to do
-  verify      `cache_format.integrity.verify`, all of it
+  verify      `cache_format.upkeep.verify.verify`, all of it
 Warm: the files are in the page cache, so `read` is a copy from memory. Cold: their pages are dropped first
 (posix_fadvise; no root needed), so `read` is the disk. The ratio is verify's speed over the slower of the two others.
 Last, what `FeatureCache.open(verify="sample")` adds to reading every sample once.

@@ -19,4 +19,4 @@ echo "== ruff"
 echo "== mypy"
 "$python" -m mypy
 echo "== pytest"
-"$python" -m pytest -n "$side_by_side" --dist loadfile --no-loadscope-reorder --durations 15 "${all[@]}" "$@"
+"$python" -m pytest -n "$side_by_side" --dist loadfile --no-loadscope-reorder --durations 15 ${all[@]+"${all[@]}"} "$@"

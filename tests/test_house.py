@@ -14,6 +14,7 @@ import pytest
 import cache_format
 import extractor
 from cache_format.codecs import CODECS
+from cache_format.export import LAYOUTS
 from extractor import config
 from extractor.data.conversation import COLUMNS
 
@@ -124,6 +125,7 @@ def test_a_wing_says_what_it_is_for(folder):
 def test_one_list_of_choices():
     """Help and options have them as types, so that they are refused before anything heavy is imported."""
     assert set(get_args(config.Codec)) == set(CODECS)
+    assert set(get_args(config.ExportLayout)) == set(LAYOUTS)
     assert get_args(config.RowFormat) == tuple(COLUMNS)
 
 

@@ -21,6 +21,7 @@ from cache_format import InputError
 from cache_format.layout.shard_layout import shard_name
 from cache_format.storage.store import Store
 from extractor.engine.ray import BARREN_DEATHS
+from extractor.engine.ray_worker import ShardWorker
 from extractor.engine.shard_queue import MAX_TRIES, ShardQueue, WorkerError
 
 ray = pytest.importorskip("ray", reason="needs pip install 'dflash-cache[ray]'")
@@ -161,21 +162,34 @@ def test_to_a_url_while_a_node_dies(s3, bucket, cluster, long_job, uninterrupted
     assert "already complete" in again.communicate(timeout=60)[1]
 
 
-def test_a_node_that_sees_another_store_begins_no_cache(bucket, job, tmp_path):
+def worker_of(job: list[str], tmp_path: Path, **where: object) -> ShardWorker:
+    """An actor's object, in this process."""
     from extractor.cli.extract_options import extract_options
-    from extractor.engine.ray_worker import ShardWorker
 
     pairs = zip(job[::2], job[1::2], strict=True)
     arguments = {name.removeprefix("--").replace("-", "_"): value for name, value in pairs}
-    arguments |= {"out": bucket, "scratch": tmp_path / "scratch", "capture": []}
+    arguments |= {**where, "capture": []}
     for name in ("max_length", "limit"):
         arguments[name] = int(arguments[name])
-    worker = ShardWorker(extract_options(arguments), "one", str(tmp_path), {}, True)
+    return ShardWorker(extract_options(arguments), "one", str(tmp_path), {}, True)
+
+
+def test_a_node_that_sees_another_store_begins_no_cache(bucket, job, tmp_path):
+    worker = worker_of(job, tmp_path, out=bucket, scratch=tmp_path / "scratch")
     with pytest.raises(InputError, match="does not see what the driver has put there"):
         worker.open()
     worker.close()
     assert Store(bucket).list() == {}
     assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
+
+
+def test_a_node_that_sees_another_folder_begins_no_cache(job, tmp_path):
+    """A path that is not shared, or a mount that is not there."""
+    worker = worker_of(job, tmp_path, out=tmp_path / "not-shared")
+    with pytest.raises(InputError, match="is it a folder that all nodes share"):
+        worker.open()
+    worker.close()
+    assert not (tmp_path / "not-shared").exists()
 
 
 @pytest.mark.slow

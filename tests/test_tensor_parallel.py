@@ -181,3 +181,8 @@ def test_device_map(job, made, cli, tmp_path):
         pytest.skip("needs accelerate")
     assert cli("extract", *job, "--out", tmp_path / "cache", "--device-map", "auto")[0] == 0
     assert_same_states(made, tmp_path / "cache")
+
+
+def test_an_environment_that_says_half_is_told(job, tmp_path):
+    code, _, errors = commands.run("extract", *job, "--out", tmp_path / "c", "--tp-plan", "auto", WORLD_SIZE="2")
+    assert (code, "RANK and MASTER_ADDR and MASTER_PORT not set" in errors) == (2, True), errors

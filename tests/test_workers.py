@@ -80,7 +80,7 @@ def test_a_killed_worker_costs_its_share_only(job, made, tmp_path):
 
 def test_stopping_the_command_stops_its_workers(job, made, tmp_path):
     out = tmp_path / "cache"
-    process = commands.start("extract", *job, "--out", out, "--devices", "cpu,cpu", before=workers_by_fork)
+    process = commands.start("extract", *job, "--out", out, "--devices", "cpu,cpu")
     deadline = time.monotonic() + 60
     while len(children(process.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -102,7 +102,7 @@ def test_bad_input_is_said_once_and_stops_all(job, tmp_path):
     data.write_text('{"messages": 3}\n')
     arguments = [str(data) if text.endswith("train.jsonl") else text for text in job]
     arguments += ["--out", str(tmp_path / "cache"), "--devices", "cpu,cpu"]
-    code, _, errors = commands.run("extract", *arguments, before=workers_by_fork)
+    code, _, errors = commands.run("extract", *arguments)
     assert code == 2
     assert errors.count("bad.jsonl") == 1
     assert "Traceback" not in errors

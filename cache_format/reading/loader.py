@@ -80,7 +80,7 @@ class LoaderOptions:
         if not isinstance(self.shuffle, bool) and self.shuffle not in SHUFFLES:
             raise InputError(f'loader: shuffle is {self.shuffle!r}; choose True ("full"), "window" or False')
         _require_from_zero("seed", self.seed)
-        if self.device is not None and not count(self.device.type):
+        if self.device is not None and has_streams(self.device) and not count(self.device.type):
             raise InputError(
                 f"loader: device is {self.device}, and torch finds no {self.device.type.upper()} device here"
             )

@@ -12,7 +12,7 @@ def main() -> None:
 
         run()
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _OF_THE_EXTRA:
+        if error.name not in _OF_THE_EXTRA or "--debug" in sys.argv:
             raise
         print(
             f"error: the command needs more than the reader: {error.name} is not installed. "

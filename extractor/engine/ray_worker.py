@@ -81,20 +81,25 @@ class ShardWorker:
         from extractor.job.folder_destination import FolderDestination
         from extractor.job.url_destination import UrlDestination
 
-        url = self._options.url
+        url, host = self._options.url, socket.gethostname()
         if url is None:
             in_folder = FolderDestination(self._options.out, self._job)
+            if in_folder.manifest() is None:
+                raise InputError(
+                    f"{in_folder.where}: the node {host} does not see what the driver has put there; is it a folder "
+                    "that all nodes share, under the same path?"
+                )
             self._held.enter_context(in_folder.held())
             return in_folder
         below = self._options.out if self._own_scratch else scratch_folder(url)
-        destination = UrlDestination(url, _free_scratch(below, self._held), leads=False)
-        if destination.manifest() is None:
+        at_url = UrlDestination(url, _free_scratch(below, self._held), leads=False)
+        if at_url.manifest() is None:
             raise InputError(
-                f"{url}: the node {socket.gethostname()} does not see what the driver has put there; do its "
+                f"{url}: the node {host} does not see what the driver has put there; do its "
                 "environment (AWS_ENDPOINT_URL_S3, AWS_PROFILE, ...) and the driver's name the same store?"
             )
-        destination.clear()
-        return destination
+        at_url.clear()
+        return at_url
 
     def make(self, number: int) -> RunStats:
         """Make and commit a shard; all that this worker has committed so far.

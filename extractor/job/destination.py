@@ -1,7 +1,8 @@
 """The destination seam: where a cache goes, a folder or a URL. A job knows the steps, this what they mean there.
 
 Order of calls: :meth:`Destination.refuse_foreign`, :meth:`~Destination.manifest`, then :meth:`~Destination.held` around
-all that writes: :meth:`~Destination.begin`, commits, shards, :meth:`~Destination.seal`.
+all that writes (a Ray worker at a URL is covered by its driver's): :meth:`~Destination.begin`, commits, shards,
+:meth:`~Destination.seal`.
 """
 
 from __future__ import annotations

@@ -310,7 +310,7 @@ class _DeviceRows:
 
     def __init__(self, schema: ShardSchema, device: torch.device, most_tokens: int):
         self._schema, self._device = schema, device
-        self._in_place = device == CPU and isinstance(schema.codec, RawCodec)
+        self._in_place = device.type == CPU.type and isinstance(schema.codec, RawCodec)
         self._stream: Any = new_stream(device) if has_streams(device) else None
         self._copied: list[Any] = [None, None]
         self._turn = 0

@@ -188,21 +188,24 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """``auto`` (the ``local_rank``-th accelerator with streams, else the CPU), ``cpu``, or such as ``cuda:1``.
+    """``auto`` or such as ``cuda`` (the ``local_rank``-th accelerator; auto: else the CPU), ``cpu``, or ``cuda:1``.
 
     Raises:
         InputError: no such device here.
     """
     if name == "auto":
-        found = [device for device in accelerators() if has_streams(device)]
+        found = accelerators()
         return found[local_rank % len(found)] if found else CPU
     try:
         device = parse(name)
     except ValueError as error:
         raise InputError(f"--device {error}, or auto") from None
-    if (device.index or 0) >= count(device.type):
-        raise InputError(f"--device {name}: this machine has {count(device.type)} {device.type.upper()} devices")
-    return device
+    if not has_streams(device):
+        return device
+    here = count(device.type)
+    if (device.index or 0) >= here:
+        raise InputError(f"--device {name}: this machine has {here} {device.type.upper()} devices")
+    return device if device.index is not None else torch.device(device.type, local_rank % here)
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.rendezvous import rendezvous
 
 from cache_format.codecs.dtypes import torch_dtype
-from cache_format.device import collective_backend, select
+from cache_format.device import collective_backend, leaves_alone, select
 from cache_format.errors import DFlashCacheError, InputError
 from cache_format.layout.captures import Captures
 from extractor.config import ExtractOptions, TargetOptions
@@ -37,6 +36,9 @@ _HEADER = 5
 
 _MEETING = timedelta(minutes=30)
 """How long a process waits for the others to start."""
+
+_SIGNS_OF_A_LOST_PROCESS = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe")
+"""What gloo and the store say of one."""
 
 _PATIENCE = timedelta(days=7)
 """Of a collective: a disk may hold rank 0 up in the middle of a pass."""
@@ -84,22 +86,34 @@ class Group:
     """
 
     def __init__(self, device: torch.device):
-        """Meet the other processes of torchrun."""
-        self.device = device
-        select(device)
+        """``device``: of this process's part of the target."""
+        self.device, self._said, self._own = device, 0, not distributed.is_initialized()
+        self.rank, self.size = int(os.environ.get("RANK", 0)), world_size()
+
+    def __enter__(self) -> Group:
+        """Meet the other processes.
+
+        Raises:
+            InputError: the environment does not say where.
+            DFlashCacheError: they have not come for half an hour.
+        """
+        from torch.distributed.rendezvous import rendezvous
+
+        select(self.device)
         _await_store()
-        store, self.rank, self.size = next(iter(rendezvous("env://", timeout=_MEETING)))
-        self._store = distributed.PrefixStore("dflash-cache", store)
-        self._said = 0
+        store, _, _ = next(iter(rendezvous("env://", timeout=_MEETING)))
+        store.set_timeout(_PATIENCE)
+        # torchrun keeps one store over its restarts.
+        self._store = distributed.PrefixStore(f"dflash-cache {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # Rank 0 may have gigabytes to look at before it comes, and may refuse.
         if self._store.add("met", 1) == self.size:
             self._store.set("all met", "")
-        self._await("all met")
-        distributed.init_process_group(
-            collective_backend(device), store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE
-        )
-
-    def __enter__(self) -> Group:
+        self._await("all met", _MEETING)
+        if self._own:
+            backend = collective_backend(self.device)
+            distributed.init_process_group(
+                backend, store=store, rank=self.rank, world_size=self.size, timeout=_PATIENCE
+            )
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
@@ -108,14 +122,17 @@ class Group:
         Raises:
             DFlashCacheError: ``error`` says that another process is gone.
         """
+        all_left = False
         # A store that does not answer any more has lost its process, and the others with it.
         with suppress(RuntimeError):
             if self.rank == 0:
                 self._say(_STOP)
             self._store.add("left", 1)
-            self._await_the_others()
-        distributed.destroy_process_group()
-        if isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "Connection" in str(error)):
+            all_left = self._await_the_others()
+        # NCCL's end waits for all: with some of them in the middle of a pass it is left to torchrun, which ends them.
+        if self._own and (all_left or leaves_alone(self.device)):
+            distributed.destroy_process_group()
+        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS_OF_A_LOST_PROCESS):
             reason = str(error).strip().splitlines()[0]
             raise DFlashCacheError(f"--tp-plan: another process of the group is gone ({reason})") from None
 
@@ -165,18 +182,24 @@ class Group:
         self._said += 1
         return numbers
 
-    def _await(self, key: str) -> None:
+    def _await(self, key: str, patience: timedelta | None = None) -> None:
         """Until ``key`` is there; a signal interrupts it, as it would not the store's own wait."""
         began = time.monotonic()
         while not self._store.check([key]):
+            waited = time.monotonic() - began
+            if patience is not None and waited > patience.total_seconds():
+                raise DFlashCacheError(f"--tp-plan: not all {self.size} processes have come within {patience}")
             # Soon after a pass the next one is announced; samples may take hours to prepare.
-            time.sleep(min(max((time.monotonic() - began) / 10, 0.0005), 0.05))
+            time.sleep(min(max(waited / 10, 0.0005), 0.05))
 
-    def _await_the_others(self) -> None:
-        """Until they are done with the group too, or are not to be waited for: one may be gone."""
+    def _await_the_others(self) -> bool:
+        """Whether all are done with the group; False where they are not to be waited for: one may be gone."""
         deadline = time.monotonic() + _SECONDS_TO_LEAVE
-        while self._store.add("left", 0) < self.size and time.monotonic() < deadline:
+        while self._store.add("left", 0) < self.size:
+            if time.monotonic() > deadline:
+                return False
             time.sleep(0.02)
+        return True
 
     def _load(self, options: ExtractOptions) -> HFDFlashTargetModel:
         target = options.target
@@ -194,14 +217,26 @@ class Group:
 
 
 def _await_store() -> None:
-    """Until whoever keeps the store listens: torchrun itself, or rank 0, which may have much to look at before."""
-    place = (os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0)))
-    listens = os.environ.get("RANK") == "0"
+    """Until whoever keeps the store listens: torchrun itself, or rank 0, which may have much to look at before.
+
+    Raises:
+        InputError: the environment does not say where.
+        DFlashCacheError: nobody has listened for half an hour.
+    """
+    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if absent:
+        raise InputError(f"--tp-plan: {' and '.join(absent)} not set; start the job with torchrun")
+    place, deadline = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", time.monotonic()
+    deadline += _MEETING.total_seconds()
+    listens = os.environ["RANK"] == "0"
     while not listens:
-        with suppress(OSError):
-            socket.create_connection(place, timeout=1).close()
+        try:
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=1).close()
             listens = True
-        time.sleep(0 if listens else 0.2)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise DFlashCacheError(f"--tp-plan: nobody listens at {place} ({error})") from None
+            time.sleep(0.2)
 
 
 @contextmanager
