@@ -6,6 +6,8 @@ import gc
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -291,6 +293,15 @@ def test_a_worker_forked_while_a_reader_thread_is_in_the_cache(cache):
             signal.alarm(5)
             os._exit(0 if len(cache.batch([0, 1]).input_ids) == 2 else 1)
     assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_process_that_ends_in_the_middle_of_an_epoch_says_nothing(cache):
+    code = (
+        "import sys; from cache_format import FeatureCache; "
+        "batches = iter(FeatureCache.open(sys.argv[1]).loader(2, shuffle=True)); next(batches)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, cache.path], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 def test_ranks_come_from_the_environment(cache, monkeypatch):

@@ -11,6 +11,7 @@ and a queue. So that is what is used, and importing cache_format stays light.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -212,7 +213,9 @@ class CacheLoader:
                 future, its_done = pending.popleft()
                 yield future.result(), its_done
         finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+            # Where the interpreter ends in the middle of an epoch its threads have been joined already.
+            if not sys.is_finalizing():
+                executor.shutdown(wait=False, cancel_futures=True)
 
     def _to_device(self, turns: Iterator[tuple[list[np.ndarray], int]]) -> Iterator[tuple[DFlashTargetBatch, int]]:
         """Copy each batch on a side stream while the trainer computes on the one before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,4 +51,5 @@ def reading_ahead(
             waiting -= shards
             yield turn
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        if not sys.is_finalizing():
+            pool.shutdown(wait=False, cancel_futures=True)
