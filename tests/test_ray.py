@@ -26,7 +26,6 @@ from extractor.engine.shard_queue import MAX_TRIES, ShardQueue, WorkerError
 
 ray = pytest.importorskip("ray", reason="needs pip install 'dflash-cache[ray]'")
 
-EXTRACT = [sys.executable, "-m", "extractor", "extract"]
 NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 
 

@@ -226,16 +226,16 @@ def _await_store() -> None:
     absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if absent:
         raise InputError(f"--tp-plan: {' and '.join(absent)} not set; start the job with torchrun")
-    place, deadline = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", time.monotonic()
-    deadline += _MEETING.total_seconds()
+    place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    deadline = time.monotonic() + _MEETING.total_seconds()
     listens = os.environ["RANK"] == "0"
     while not listens:
         try:
-            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=1).close()
+            socket.create_connection(place, timeout=1).close()
             listens = True
         except OSError as error:
             if time.monotonic() > deadline:
-                raise DFlashCacheError(f"--tp-plan: nobody listens at {place} ({error})") from None
+                raise DFlashCacheError(f"--tp-plan: nobody listens at {place[0]}:{place[1]} ({error})") from None
             time.sleep(0.2)
 
 
