@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,10 @@ class Conversation:
     messages: list[Message]
     """``role``, ``content``, and what else the row has for the template (``tool_calls``, ``reasoning_content``)"""
     tools: list[Any] | None = None
+    learn: tuple[bool, ...] | None = None
+    """one a message; None: every assistant turn is learned. False: an assistant turn that the row says not to learn"""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """the row's own ``chat_template_kwargs`` and ``documents``, for the template"""
 
 
 def conversation_of(row: Row, row_format: str) -> Conversation:
