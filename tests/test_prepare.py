@@ -246,6 +246,21 @@ def test_a_restart_keeps_whole_parts_and_mends_the_rest(
 
 
 @pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("of", ["other data", "nobody"])
+def test_parts_that_were_made_for_something_else_are_made_anew(
+    of: str, demo_jsonl: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    def parts(folder: str, made_for: str, **options: Any) -> dict[str, bytes]:
+        prepare(source(demo_jsonl), tokenizer, PrepareOptions(**options), tmp_path / folder, made_for=made_for)
+        return files(tmp_path / folder)
+
+    wanted = parts("alone", "this", max_length=100)
+    other = parts("taken", "" if of == "nobody" else of, max_length=50)
+    assert other.keys() == wanted.keys()
+    assert parts("taken", "this", max_length=100) == wanted
+
+
+@pytest.mark.usefixtures("small_parts")
 def test_streamed_rows_give_the_same_parts(demo_jsonl: Path, tokenizer: Any, tmp_path: Path) -> None:
     prepare(source(demo_jsonl), tokenizer, PrepareOptions(), tmp_path / "mapped")
     prepare(source(demo_jsonl, streaming=True), tokenizer, PrepareOptions(), tmp_path / "streamed", num_workers=1)

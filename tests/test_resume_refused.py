@@ -237,6 +237,28 @@ def test_other_prepared_samples_under_the_same_inputs_are_told(begun, cli, small
     assert look(begun) == before
 
 
+@pytest.mark.parametrize("name", ["rows in another order", "one character of a row", "tokenizer", "chat template"])
+def test_without_a_manifest_another_job_takes_over_no_prepared_samples(whole, changed, small_job, tmp_path, name):
+    """A damaged manifest was set aside, or a job was killed before it wrote one; the samples of either are there."""
+    out, apart = tmp_path / "c", tmp_path / "apart"
+    (out / "samples").mkdir(parents=True)
+    shutil.copy(whole / "samples" / "samples-00000.arrow", out / "samples")
+    assert changed(CASES[name], out)[0] == 0
+    shutil.rmtree(tmp_path / "target", ignore_errors=True)
+    assert changed(CASES[name], apart)[0] == 0
+    assert contents(out) == contents(apart)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--max-length", "50"), ("--loss-on", "all"), ("--limit", "20")])
+def test_without_a_manifest_other_options_take_over_no_prepared_samples(whole, cli, small_job, tmp_path, option, value):
+    out, apart = tmp_path / "c", tmp_path / "apart"
+    (out / "samples").mkdir(parents=True)
+    shutil.copy(whole / "samples" / "samples-00000.arrow", out / "samples")
+    for folder in (out, apart):
+        assert cli(*small_job, option, value, "--out", folder)[0] == 0
+    assert contents(out) == contents(apart)
+
+
 def same_rows(tmp_path: Path, small_job: list[str], tiny_target: Path) -> list[str]:
     (tmp_path / "moved").mkdir()
     return ["--data", shutil.copy(small_job[small_job.index("--data") + 1], tmp_path / "moved")]

@@ -55,16 +55,20 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class PartInfo:
-    """Which dataset rows a part covers, and why rows of it were dropped."""
+    """Which dataset rows a part covers, why rows of it were dropped, and what it was made for."""
 
     first_row: int
     stop_row: int
     dropped: Mapping[str, int]
+    made_for: str = ""
+    """digest of the data, tokenizer and options that decided the samples; "" in parts of earlier versions"""
 
     def __post_init__(self) -> None:
         whole = all(isinstance(v, int) and v >= 0 for v in (self.first_row, self.stop_row, *self.dropped.values()))
         if not whole or self.stop_row < self.first_row:
             raise ValueError("rows and counts must be whole numbers >= 0, first_row <= stop_row")
+        if not isinstance(self.made_for, str):
+            raise ValueError("made_for must be text")
 
 
 def part_path(folder: Path, number: int) -> Path:
@@ -91,7 +95,12 @@ def write_part(path: Path, samples: Sequence[Sample], info: PartInfo) -> None:
         lists([s.input_ids for s in samples], "<i4").cast(SCHEMA.field("input_ids").type),
         lists([s.loss_mask for s in samples], "u1").cast(SCHEMA.field("loss_mask").type),
     ]
-    meta = {"first_row": info.first_row, "stop_row": info.stop_row, "dropped": dict(sorted(info.dropped.items()))}
+    meta = {
+        "first_row": info.first_row,
+        "stop_row": info.stop_row,
+        "dropped": dict(sorted(info.dropped.items())),
+        "made_for": info.made_for,
+    }
     schema = SCHEMA.with_metadata({_META: json.dumps(meta).encode()})
     write_batch(path, pa.record_batch(columns, schema=schema))
 
@@ -105,7 +114,7 @@ def read_part(path: Path) -> tuple[pa.RecordBatch, PartInfo]:
     batch, metadata = read_batch(path, SCHEMA)
     try:
         meta = json.loads(metadata[_META])
-        info = PartInfo(meta["first_row"], meta["stop_row"], dict(meta["dropped"]))
+        info = PartInfo(meta["first_row"], meta["stop_row"], dict(meta["dropped"]), meta.get("made_for", ""))
         batch.validate(full=True)
     except (pa.ArrowException, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CacheError(path, f"cannot be read as prepared samples: {error}") from None

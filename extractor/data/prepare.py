@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -150,18 +151,20 @@ def prepare(
     options: PrepareOptions,
     folder: Path,
     *,
+    made_for: str = "",
     progress: Callable[[int, int | None, int], None] | None = None,
     num_workers: int | None = None,
 ) -> int:
     """Write the prepared samples of ``source`` into ``folder``, keeping whole parts that are there already.
 
-    The caller holds the cache's lock and knows that ``folder`` belongs to the same data, tokenizer and options.
+    The caller holds the cache's lock. A part that was made for something else is made anew.
 
     Args:
         source: rows; its limit is the one that counts.
         tokenizer: a transformers tokenizer, or a folder with one.
         options: as above.
         folder: created if missing.
+        made_for: digest of all that decides the samples: source, tokenizer and options. Each part carries it.
         progress: called with (rows done, rows in all or None, samples kept) after every part.
         num_workers: processes; None: as many as there are cores, one for small data. Never changes a byte.
 
@@ -176,12 +179,13 @@ def prepare(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     _encoder(tokenizer, options, source.columns)
     make_folder(folder)
-    kept = _finished_parts(folder, source.num_rows)
+    kept = _finished_parts(folder, source.num_rows, made_for)
     rows_done, samples_kept = sum(rows for rows, _ in kept.values()), sum(samples for _, samples in kept.values())
     if progress:
         progress(rows_done, source.num_rows, samples_kept)
     parts = len(kept)
-    with closing(_written_parts(source, tokenizer, options, folder, kept.keys(), num_workers)) as written:
+    how = _How(tokenizer, options, made_for)
+    with closing(_written_parts(source, how, folder, kept.keys(), num_workers)) as written:
         for rows, samples in written:
             parts, rows_done, samples_kept = parts + 1, rows_done + rows, samples_kept + samples
             if progress:
@@ -190,8 +194,8 @@ def prepare(
     return parts
 
 
-def _finished_parts(folder: Path, num_rows: int | None) -> dict[int, tuple[int, int]]:
-    """Part number -> (rows, samples) of the whole parts in ``folder``.
+def _finished_parts(folder: Path, num_rows: int | None, made_for: str) -> dict[int, tuple[int, int]]:
+    """Part number -> (rows, samples) of the whole parts in ``folder`` that were made for the same.
 
     A shorter last part counts only where the number of rows is known.
     """
@@ -204,7 +208,8 @@ def _finished_parts(folder: Path, num_rows: int | None) -> dict[int, tuple[int, 
         with suppress(CacheError):
             batch, info = read_part(path)
             stop = first + ROWS_PER_PART if num_rows is None else min(first + ROWS_PER_PART, num_rows)
-            if (info.first_row, info.stop_row) == (first, stop) and first < stop and _digests_match(batch):
+            same = (info.first_row, info.stop_row, info.made_for) == (first, stop, made_for)
+            if same and first < stop and _digests_match(batch):
                 finished[int(number)] = (stop - first, batch.num_rows)
     return finished
 
@@ -221,20 +226,24 @@ def _remove_parts_from(folder: Path, number: int) -> None:
             path.unlink()
 
 
-def _write_rows(rows: Rows, tokenizer: Any, options: PrepareOptions, path: Path) -> tuple[int, int]:
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What every part is made with."""
+
+    tokenizer: Any
+    options: PrepareOptions
+    made_for: str
+
+
+def _write_rows(rows: Rows, how: _How, path: Path) -> tuple[int, int]:
     """Write one part; (rows, samples) of it."""
-    samples, dropped = prepare_rows(rows, tokenizer, options)
-    write_part(path, samples, PartInfo(rows.first, rows.first + len(rows), dropped))
+    samples, dropped = prepare_rows(rows, how.tokenizer, how.options)
+    write_part(path, samples, PartInfo(rows.first, rows.first + len(rows), dropped, how.made_for))
     return len(rows), len(samples)
 
 
 def _written_parts(
-    source: RowSource,
-    tokenizer: Any,
-    options: PrepareOptions,
-    folder: Path,
-    skip: Collection[int],
-    num_workers: int | None,
+    source: RowSource, how: _How, folder: Path, skip: Collection[int], num_workers: int | None
 ) -> Generator[tuple[int, int], None, None]:
     """Write the missing parts in order, in this process or in others; (rows, samples) of each."""
     chunks = ((part_path(folder, number), rows) for number, rows in source.chunks(ROWS_PER_PART, skip))
@@ -242,10 +251,10 @@ def _written_parts(
     workers = _default_workers(missing) if num_workers is None else num_workers
     if workers <= 1:
         for path, rows in chunks:
-            yield _write_rows(rows, tokenizer, options, path)
+            yield _write_rows(rows, how, path)
         return
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(tokenizer, options)
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(how,)
     )
     pending: deque[Future[tuple[int, int]]] = deque()
     try:
@@ -282,13 +291,13 @@ def _default_workers(rows: int | None) -> int:
 
 # -- in a worker process ----------------------------------------------------------------------------------------------
 
-_worker: tuple[Any, PrepareOptions]
+_worker: _How
 
 
-def _start_worker(tokenizer: Any, options: PrepareOptions) -> None:
+def _start_worker(how: _How) -> None:
     """Keep what every part needs, and end with the main process even where that is killed."""
     global _worker
-    _worker = tokenizer, options
+    _worker = how
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -300,4 +309,4 @@ def _end_with_parent() -> None:
 
 
 def _work(rows: Rows, path: Path) -> tuple[int, int]:
-    return _write_rows(rows, *_worker, path)
+    return _write_rows(rows, _worker, path)

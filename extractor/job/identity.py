@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
 from cache_format.codecs import codec_named
 from cache_format.device import accelerators, name
+from cache_format.layout.manifest import fingerprint
 from extractor.config import ExtractOptions
 from extractor.job.plan import PLAN_VERSION
 from extractor.target.load_target import target_identity, tokenizer_identity
@@ -43,6 +45,20 @@ def inputs_identity(
         "plan": PLAN_VERSION,
         **{name: value for name, value in asdict(options.plan).items() if value is not None},
     }
+
+
+_OF_THE_STATES_ALONE = (
+    *("target_layer_ids", "dtype", "codec", "capture", "on_nonfinite", "compile", "deterministic", "tp_size"),
+    *("plan", "shard_bytes", "batch_tokens"),
+)
+"""Fields that decide nothing about the prepared samples, nor do those that begin with ``target.``."""
+
+
+def samples_identity(identity: Mapping[str, Any]) -> str:
+    """Digest of what decides the prepared samples, for each of their parts: that of any field not known to be of no
+    account to them. ``identity``: of :func:`inputs_identity`."""
+    decides = {k: v for k, v in identity.items() if k not in _OF_THE_STATES_ALONE and not k.startswith("target.")}
+    return fingerprint(decides)
 
 
 def software() -> dict[str, str]:

@@ -28,7 +28,7 @@ from extractor.data.dataset import open_source
 from extractor.data.prepare import prepare
 from extractor.job.destination import Destination
 from extractor.job.folder_destination import FolderDestination
-from extractor.job.identity import inputs_identity, other_software, software
+from extractor.job.identity import inputs_identity, other_software, samples_identity, software
 from extractor.job.out_folder import require_space, shards_schema
 from extractor.job.plan import Plan
 from extractor.job.report import ExtractReport, progress_note
@@ -358,6 +358,7 @@ class Job:
                 self.tokenizer,
                 self.options.prepare,
                 self.folder / "samples",
+                made_for=samples_identity(self.identity),
                 progress=lambda done, _, kept: reporter.update(done, f"{kept:,} samples"),
             )
         samples = PreparedSamples(self.folder / "samples", parts)
