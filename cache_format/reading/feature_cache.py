@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cache_format.batch import DFlashTargetBatch
+from cache_format.batch import DFlashTargetBatch, mark
 from cache_format.codecs import RawCodec
 from cache_format.device import parse
 from cache_format.errors import CacheError, InputError, StorageError
@@ -163,18 +163,19 @@ class FeatureCache(Dataset):
         """
         shard, start, stop = self._locate(i)
         if not isinstance(self._schema.codec, RawCodec):
-            return self.batch([i])
+            return mark(self.batch([i]), self.where)
         stored = {t.name: shard.rows(t.name, start, stop) for t in self._schema.token_tensors}
         if self._options["verify"]:
             bytes_ = [stored[t.name].reshape(-1).view(torch.uint8).numpy() for t in self._schema.token_tensors]
             self._check_piece(Piece(i, shard.file, start, stop - start, 0, 0), bytes_)
-        return DFlashTargetBatch(
+        sample = DFlashTargetBatch(
             hidden_states=stored["hidden_states"].unsqueeze(0),
             input_ids=stored["input_ids"].to(torch.int64).unsqueeze(0),
             attention_mask=stored["attention_mask"].to(torch.int64).unsqueeze(0),
             loss_mask=stored["loss_mask"].to(torch.int64).unsqueeze(0),
             **{t.name: widened(stored[t.name]).unsqueeze(0) for t in self._schema.captures},
         )
+        return mark(sample, self.where)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> DFlashTargetBatch:
         """Samples ``indices`` as one batch, right-padded with zeros to the longest; masks are 0 on padding.

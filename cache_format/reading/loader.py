@@ -10,11 +10,12 @@ and a queue. So that is what is used, and importing cache_format stays light.
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -99,6 +100,14 @@ class LoaderOptions:
         return "full" if self.shuffle is True else self.shuffle or None
 
 
+@dataclass(eq=False, slots=True, frozen=True)
+class _Iteration:
+    """One run over an epoch, from its first batch to where it is left."""
+
+    pid: int
+    """the process that has its reader threads"""
+
+
 class CacheLoader:
     """An iterable of :class:`DFlashTargetBatch`; every iteration is one epoch. Made by ``FeatureCache.loader``."""
 
@@ -110,6 +119,7 @@ class CacheLoader:
             self._lengths = np.minimum(self._lengths, options.max_length)
         _require_room(options, self._lengths[self._samples])
         self._epoch, self._done, self._resumed = 0, 0, False
+        self._live: _Iteration | None = None
         self._planned: tuple[int, Batches] | None = None
         require_rows(self._batches(), options.world_size, options.drop_last)
 
@@ -128,16 +138,18 @@ class CacheLoader:
         Naming the epoch that a loaded state stands in keeps its place.
 
         Raises:
-            InputError: not a whole number of at least 0.
+            InputError: not a whole number of at least 0, or another epoch is being iterated over.
         """
         _require_from_zero("epoch", epoch)
         if epoch != self._epoch:
+            self._require_rest(f"set_epoch({epoch})")
             self._epoch, self._done, self._resumed = epoch, 0, False
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training stands: all batches given out so far count as done. Plain numbers and strings.
 
-        Every rank has the same state after the same number of steps; any one of them serves all.
+        Every rank has the same state after the same number of steps; any one of them serves all. It is that of the
+        iteration that was begun last: an earlier one that is asked for another batch says so.
         """
         return {"epoch": self._epoch, "batches_done": self._done, "order": self._identity}
 
@@ -146,8 +158,11 @@ class CacheLoader:
 
         Raises:
             MismatchError: the state is of another cache or another order (names the fields); nothing is changed.
+            InputError: it is not the state of a loader, or an epoch is being iterated over.
         """
-        have, asked = self._identity, state["order"]
+        have, asked = self._identity, _field(state, "order")
+        if not isinstance(asked, Mapping):
+            raise InputError(f"loader: the state's order is {asked!r}; pass what state_dict() of a loader gave")
         different = {
             name: (have.get(name), asked.get(name))
             for name in sorted({*have, *asked})
@@ -159,9 +174,45 @@ class CacheLoader:
                 different,
                 'Make the loader with the options of that run ("asked for"), or start the epoch anew.',
             )
-        self._epoch, self._done, self._resumed = int(state["epoch"]), int(state["batches_done"]), True
+        epoch, done = (_whole_number(state, name) for name in ("epoch", "batches_done"))
+        self._require_rest("load_state_dict()")
+        there = len(self._plan(epoch))
+        if done > there:
+            raise InputError(f"loader: the state's batches_done is {done:,}, but epoch {epoch} has {there:,} batches")
+        self._epoch, self._done, self._resumed = epoch, done, True
+
+    def _require_rest(self, what: str) -> None:
+        if self._live is not None and self._live.pid == os.getpid():
+            raise InputError(
+                f"loader: {what} in the middle of epoch {self._epoch}; leave the loop first, or close the iterator"
+            )
+
+    def _require_current(self, iteration: _Iteration) -> None:
+        if iteration.pid != os.getpid():
+            raise InputError(
+                f"loader: this iteration was begun by process {iteration.pid}, and its reader threads are not in this "
+                "one, which was forked; begin an iteration of its own here"
+            )
+        if self._live is not iteration:
+            raise InputError(
+                "loader: another iteration of it was begun after this one, and it can stand at one place only; make a "
+                "second loader with cache.loader(...)"
+            )
 
     def __iter__(self) -> Iterator[DFlashTargetBatch]:
+        iteration = self._live = _Iteration(os.getpid())
+        try:
+            for batch, done in self._epoch_from_here():
+                self._done = done
+                yield batch
+                self._require_current(iteration)
+            self._epoch, self._done = self._epoch + 1, 0
+        finally:
+            if self._live is iteration:
+                self._live = None
+
+    def _epoch_from_here(self) -> Iterator[tuple[DFlashTargetBatch, int]]:
+        """What is left of the epoch: each batch with the number of those that are done after it."""
         if not self._resumed:
             self._done = 0
         self._resumed = False
@@ -176,13 +227,9 @@ class CacheLoader:
         )
         if options.shuffle_kind != "full":
             turns = self._cache.fetching_ahead(turns, options.window_shards)
-        epoch = self._epoch
         on_host = ((gathered.decoded(), done) for gathered, done in self._read_ahead(turns))
         for batch, done in self._to_device(turns) if self._is_asynchronous else on_host:
-            self._done = done
-            yield batch if options.device is None else batch.to(options.device)
-        if self._epoch == epoch:
-            self._epoch, self._done = epoch + 1, 0
+            yield batch if options.device is None else batch.to(options.device), done
 
     def _read_ahead(self, turns: Iterator[tuple[list[np.ndarray], int]]) -> Iterator[tuple[Gathered, int]]:
         """Batches in order, read by threads; at most ``prefetch`` are being read or wait, beside the one given out."""
@@ -294,6 +341,24 @@ def default_rank() -> tuple[int, int]:
 def _require_from_zero(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
         raise InputError(f"loader: {name} is {value!r}; it must be a whole number of at least 0")
+
+
+def _field(state: Any, name: str) -> Any:
+    if not isinstance(state, Mapping) or name not in state:
+        has = ", ".join(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise InputError(f"loader: a state without {name} (it is: {has}); pass what state_dict() of a loader gave")
+    return state[name]
+
+
+def _whole_number(state: Any, name: str) -> int:
+    value = _field(state, name)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if isinstance(value, bool) or not 0 <= number < 1 << 63:
+        raise InputError(f"loader: the state's {name} is {value!r}; it must be a whole number of at least 0")
+    return number
 
 
 def _selected(cache: BatchSource, options: LoaderOptions) -> np.ndarray:
