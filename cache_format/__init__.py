@@ -10,9 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cache_format.batch import DFlashTargetBatch, collate
+    from cache_format.batch import DFlashTargetBatch
     from cache_format.errors import CacheError, DFlashCacheError, InputError, MismatchError, StorageError
     from cache_format.layout.manifest import Manifest
+    from cache_format.reading.collate import collate
     from cache_format.reading.feature_cache import FeatureCache
 
 __version__ = "0.2.0"
@@ -33,7 +34,7 @@ _ERRORS = ("CacheError", "DFlashCacheError", "InputError", "MismatchError", "Sto
 _HOMES = {
     **dict.fromkeys(_ERRORS, "cache_format.errors"),
     "DFlashTargetBatch": "cache_format.batch",
-    "collate": "cache_format.batch",
+    "collate": "cache_format.reading.collate",
     "FeatureCache": "cache_format.reading.feature_cache",
     "Manifest": "cache_format.layout.manifest",
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cache_format.batch import DFlashTargetBatch, mark
+from cache_format.batch import DFlashTargetBatch
 from cache_format.codecs import RawCodec
 from cache_format.device import parse
 from cache_format.errors import CacheError, InputError, StorageError
@@ -23,6 +23,7 @@ from cache_format.layout.index import INDEX_NAME, SHARDS_NAME, Index, read_index
 from cache_format.layout.manifest import Manifest
 from cache_format.layout.shard_layout import finished_shards, sample_hasher, shard_name
 from cache_format.layout.shard_reader import ShardFile
+from cache_format.reading.collate import mark
 from cache_format.reading.expect import check_expected
 from cache_format.reading.gather import Gathered, Piece, gather, widened
 from cache_format.reading.loader import CacheLoader, LoaderOptions, default_rank
