@@ -33,6 +33,7 @@ class Fp8Codec(RowCodec):
 
     name = "fp8"
     lossless = False
+    by_layer = True
     expected_ratio = 0.502
     relative_error = 1 / 16
 

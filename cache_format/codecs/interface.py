@@ -103,6 +103,9 @@ class Codec(ABC):
 class RowCodec(Codec):
     """A codec that stores every token on its own."""
 
+    by_layer: ClassVar[bool] = False
+    """whether a row of each of its tensors is a part for each layer, in order and alike, decoded without the others"""
+
     @abstractmethod
     def encode(self, rows: Tensor, stored: Mapping[str, Tensor], states: States) -> Tensor | None:
         """Write ``rows [n, L*H]`` into the tensors named by ``tensors``, without waiting for the device.

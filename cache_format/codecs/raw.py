@@ -17,6 +17,7 @@ class RawCodec(RowCodec):
 
     name = "raw"
     lossless = True
+    by_layer = True
     expected_ratio = 1.0
 
     def tensors(self, states: States) -> tuple[TokenTensor, ...]:

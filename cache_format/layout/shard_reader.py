@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from cache_format.layout.shard_layout import ShardSchema, sample_hasher
 from cache_format.storage.byte_source import ByteSource, LocalFile
 
 READ_CHUNK_BYTES = 4 << 20
+SKIPPED_BYTES = 256
+"""Fewer are read along: a read costs as much as copying some KiB."""
 _HEADER_BYTES = 8 << 10
 """A header is seldom longer; where it is, it is parsed."""
 _SIZES = tuple(
@@ -114,6 +117,42 @@ class ShardFile:
         """File offset and size in bytes of rows ``start`` to ``stop`` of a per-token tensor."""
         place = self.container.places[name]
         return place.start + start * place.row_bytes, (stop - start) * place.row_bytes
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a file on this machine, where a small read costs little."""
+        return isinstance(self.source, LocalFile)
+
+    def read_rows(self, name: str, start: int, out: np.ndarray, columns: Sequence[slice] | None = None) -> None:
+        """Read rows of a per-token tensor from row ``start`` on into ``out`` (uint8 ``[rows, bytes]``, contiguous).
+
+        Args:
+            name: of the tensor.
+            start: the first row.
+            out: as many rows as are wanted.
+            columns: which bytes of each row, one after the other; None: all. What lies between them is skipped where
+                the file is on this machine and that is ``SKIPPED_BYTES`` or more a row.
+
+        Raises:
+            CacheError, StorageError: as :meth:`read_into`.
+        """
+        place = self.container.places[name]
+        offset = place.start + start * place.row_bytes
+        if columns is None:
+            self.read_into(offset, out.reshape(-1))
+            return
+        skipping = self.source if place.row_bytes - out.shape[1] >= SKIPPED_BYTES else None
+        if not isinstance(skipping, LocalFile):
+            whole = np.empty((len(out), place.row_bytes), np.uint8)
+            self.read_into(offset, whole.reshape(-1))
+        at = 0
+        for run in columns:
+            part = out[:, at : at + run.stop - run.start]
+            if isinstance(skipping, LocalFile):
+                skipping.read_strided_into(offset + run.start, place.row_bytes, part)
+            else:
+                part[:] = whole[:, run]
+            at += part.shape[1]
 
     def read_into(self, offset: int, out: np.ndarray) -> None:
         """Fill ``out`` (uint8, contiguous) with the file's bytes from ``offset``.

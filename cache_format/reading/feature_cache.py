@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,12 +26,13 @@ from cache_format.layout.shard_layout import finished_shards, sample_hasher, sha
 from cache_format.layout.shard_reader import ShardFile
 from cache_format.reading.collate import mark
 from cache_format.reading.expect import check_expected
-from cache_format.reading.gather import Gathered, Piece, gather, widened
+from cache_format.reading.gather import Gathered, Piece, batch_bytes, gather, widened
 from cache_format.reading.loader import CacheLoader, LoaderOptions, default_rank
 from cache_format.reading.open_shards import OpenShard, OpenShards
 from cache_format.reading.open_url import open_url
 from cache_format.reading.packing import with_documents
 from cache_format.reading.read_ahead import Turn, reading_ahead
+from cache_format.reading.view import STORED, View, view_of, viewed
 from cache_format.storage.byte_source import ByteSource
 from cache_format.storage.folder import Folder, LocalFolder, StoreFolder
 from cache_format.storage.host_memory import host_memory
@@ -49,15 +51,21 @@ class FeatureCache(Dataset):
     where: str
     """path or URL of the cache"""
 
+    manifest: Manifest
+    """what the cache is; of a :meth:`view` its ``target_layer_ids`` and ``dtype`` are those of the view"""
+    index: Index
+    """a row for each sample: see :class:`Index`"""
+
     def __init__(self, folder: Folder, manifest: Manifest, index: Index, shards: _Shards, options: dict[str, Any]):
         """Not called directly: use :meth:`open`."""
         self.folder, self.path, self.where = folder, folder.path, folder.where
-        self.manifest = manifest
+        self.manifest = self._stored = manifest
         self.index = index
         self._schema = manifest.schema()
         self._shards = shards
         self._options = options
         self._opened = OpenShards(self._schema, may_vanish=isinstance(folder, StoreFolder))
+        self._view = STORED
 
     @classmethod
     def open(
@@ -129,7 +137,7 @@ class FeatureCache(Dataset):
         return cls(folder, manifest, index, shards, options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.where, self._options, str(self.path))
+        return _reopen, (self.where, self._options, str(self.path), self._view)
 
     def __len__(self) -> int:
         """Stored samples."""
@@ -152,6 +160,29 @@ class FeatureCache(Dataset):
         """H: features of one layer; hidden_states have ``len(target_layer_ids) * H``."""
         return self.manifest.hidden_size
 
+    def view(self, *, layers: Iterable[int] | None = None, dtype: torch.dtype | str | None = None) -> FeatureCache:
+        """This cache with only some of its layers, or in another dtype; shares what is open, copies nothing.
+
+        Args:
+            layers: ids of decoder layers, any of the cache's ``target_layer_ids`` in any order. The raw and fp8 codecs
+                read and decode only these; of another codec, and of a cache at a URL, the others are read along.
+            dtype: of hidden_states, last_hidden_states, logits_topk_values, embeddings and head: float32, bfloat16,
+                float16 or float64. Values are those of ``tensor.to(dtype)``; float16 ends at 65,504, which a target's
+                first tokens may exceed.
+
+        Raises:
+            InputError: a layer that the cache does not have, or no such dtype.
+        """
+        chosen = self.target_layer_ids if layers is None else layers
+        return self._seen(view_of(self._stored, self.target_layer_ids, chosen, dtype or self.manifest.dtype))
+
+    def _seen(self, view: View) -> FeatureCache:
+        # Not copy.copy: that would open the cache anew, as pickling does.
+        seen = object.__new__(type(self))
+        vars(seen).update(vars(self))
+        seen._view, seen.manifest = view, viewed(self._stored, view)
+        return seen
+
     def __getitem__(self, i: int) -> DFlashTargetBatch:
         """Sample i as a batch with B = 1, unpadded.
 
@@ -163,7 +194,7 @@ class FeatureCache(Dataset):
             CacheError: the shard is damaged or missing.
         """
         shard, start, stop = self._locate(i)
-        if not isinstance(self._schema.codec, RawCodec):
+        if not isinstance(self._schema.codec, RawCodec) or self._view != STORED:
             return mark(self.batch([i]), self.where)
         stored = {t.name: shard.rows(t.name, start, stop) for t in self._schema.token_tensors}
         if self._options["verify"]:
@@ -178,18 +209,30 @@ class FeatureCache(Dataset):
         )
         return mark(sample, self.where)
 
-    def batch(self, indices: Sequence[int] | np.ndarray) -> DFlashTargetBatch:
+    def batch(
+        self,
+        indices: Sequence[int] | np.ndarray | Tensor,
+        *,
+        layers: Iterable[int] | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> DFlashTargetBatch:
         """Samples ``indices`` as one batch, right-padded with zeros to the longest; masks are 0 on padding.
 
-        The batch is the caller's own memory.
+        The batch is the caller's own memory. ``layers`` and ``dtype`` as for :meth:`view`.
 
         Raises:
-            InputError: no indices.
+            InputError: no indices, or as :meth:`view`.
             IndexError, CacheError: as for ``cache[i]``.
         """
-        if not len(indices):
+        rows = [[operator.index(i)] for i in indices]
+        if not rows:
             raise InputError("batch() needs at least one sample index")
-        return self.gather([[i] for i in indices], allocate=host_memory).decoded()
+        source = self if layers is None and dtype is None else self.view(layers=layers, dtype=dtype)
+        return source.gather(rows, allocate=host_memory).decoded()
+
+    def batch_bytes(self, tokens: int, decode: bool) -> int:
+        """Memory of a batch of ``tokens`` tokens, padding included; ``decode`` as for :meth:`gather`."""
+        return batch_bytes(self._schema, tokens, decode, self._view)
 
     def gather(
         self,
@@ -217,16 +260,16 @@ class FeatureCache(Dataset):
         if readers is not None:
             # Opening a shard takes the store's answer; all at once.
             list(readers.map(self._locate, {int(self.index.shard[i]): i for row in rows for i in row}.values()))
+        check = self._check_piece if self._options["verify"] else None
         lengths = [[self._take(i, max_length) for i in row] for row in rows]
         for number, (row, sizes) in enumerate(zip(rows, lengths, strict=True)):
             at = 0
             for i, size in zip(row, sizes, strict=True):
                 shard, start, _ = self._locate(i)
-                pieces.append(Piece(int(i), shard.file, start, size, number, at))
+                pieces.append(Piece(int(i), shard.file, start, size, number, at, check))
                 at += size
         longest = pack_to or max(sum(sizes) for sizes in lengths)
-        check = self._check_piece if self._options["verify"] else None
-        gathered = gather(self._schema, pieces, len(rows), longest, allocate, check, decode, readers)
+        gathered = gather(self._schema, pieces, len(rows), longest, allocate, decode, readers, self._view)
         return gathered if pack_to is None else replace(gathered, batch=with_documents(gathered.batch, lengths))
 
     def __getitems__(self, indices: Sequence[int]) -> list[DFlashTargetBatch]:
@@ -251,6 +294,8 @@ class FeatureCache(Dataset):
         threads: int = 4,
         prefetch: int = 4,
         decode_on_host: bool = False,
+        layers: Iterable[int] | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> CacheLoader:
         """Batches for training: an iterable of :class:`DFlashTargetBatch`, one epoch each time it is iterated over.
 
@@ -288,6 +333,8 @@ class FeatureCache(Dataset):
             prefetch: batches that are read ahead.
             decode_on_host: decode the fp8 codec on the host, not on the CUDA device; twice the bytes cross the bus, and
                 the device computes nothing. zbits is always decoded on the host, by the reading threads.
+            layers: only these of the stored layers, in this order, as for :meth:`view`.
+            dtype: of the states, as for :meth:`view`; cast by the reading threads, or on the CUDA device.
 
         Raises:
             InputError: an option that cannot be, or samples longer than ``batch_tokens`` or ``pack_to``.
@@ -312,25 +359,26 @@ class FeatureCache(Dataset):
             prefetch=prefetch,
             decode_on_host=decode_on_host,
         )
-        return CacheLoader(self, options)
+        source = self if layers is None and dtype is None else self.view(layers=layers, dtype=dtype)
+        return CacheLoader(source, options)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The target's token embedding, frozen, read from the cache itself.
+        """The target's token embedding, frozen, read from the cache itself; of a :meth:`view` in its dtype.
 
         Raises:
             CacheError: the file is missing or damaged; its checksum is compared.
         """
         self._check_embeddings()
-        return load_input_embeddings(self.path, self.manifest.target)
+        return load_input_embeddings(self.path, self.manifest.target).to(self._view.dtype)
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The target's LM head, frozen, read from the cache itself.
+        """The target's LM head, frozen, read from the cache itself; of a :meth:`view` in its dtype.
 
         Raises:
             CacheError: the target has none; the file is missing or damaged (its checksum is compared).
         """
         self._check_embeddings()
-        return load_output_embeddings(self.path, self.manifest.target)
+        return load_output_embeddings(self.path, self.manifest.target).to(self._view.dtype)
 
     def _check_embeddings(self) -> None:
         self.folder.checked(EMBEDDINGS_NAME, self.manifest.files.get(EMBEDDINGS_NAME))
@@ -340,13 +388,13 @@ class FeatureCache(Dataset):
         length = int(self.index.num_tokens[i])
         return length if max_length is None else min(length, max_length)
 
-    def _check_piece(self, piece: Piece, stored: Sequence[np.ndarray]) -> None:
-        """Check a sample as it was read; one that was cut is read again as a whole.
+    def _check_piece(self, piece: Piece, stored: Sequence[np.ndarray] | None) -> None:
+        """Check a sample as it was read; one that was cut, or without some layers, is read again as a whole.
 
         Raises:
             CacheError: its checksum is not that of the index.
         """
-        if piece.length < int(self.index.num_tokens[piece.sample]):
+        if stored is None or piece.length < int(self.index.num_tokens[piece.sample]):
             found = piece.shard.computed_checksum(piece.shard.position_at(piece.start))
         else:
             hasher = sample_hasher(int(self.index.sample_id[piece.sample]))
@@ -427,8 +475,8 @@ def _device(name: torch.device | str) -> torch.device:
         raise InputError(f"loader: device {error}") from None
 
 
-def _reopen(where: str, options: dict[str, Any], small_files: str) -> FeatureCache:
-    return FeatureCache._open(_folder(where, options, Path(small_files)), options)
+def _reopen(where: str, options: dict[str, Any], small_files: str, view: View) -> FeatureCache:
+    return FeatureCache._open(_folder(where, options, Path(small_files)), options)._seen(view)
 
 
 def _read_tables(folder: Folder, manifest: Manifest) -> tuple[Index, _Shards]:

@@ -1,7 +1,8 @@
 """Many samples -> one padded or packed batch: positional reads straight to their places in one block of memory.
 
-States that a codec encoded are read into memory that each thread uses again and decoded to their places; or, where the
-batch goes to a device, those of a :class:`RowCodec` stay as they are and are decoded there.
+States that a codec encoded, or that a view casts, are read piece by piece into memory that each thread uses again and
+decoded to their places; or, where the batch goes to a device, those of a :class:`RowCodec` stay as they are and are
+decoded and cast there.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ from cache_format.layout.manifest import Manifest
 from cache_format.layout.shard_layout import ShardSchema
 from cache_format.layout.shard_reader import ShardFile
 from cache_format.reading.read_ahead import Turn
+from cache_format.reading.view import CAST, STORED, View
 
 _ALIGNMENT = 64
 INT64_FIELDS = ("input_ids", "attention_mask", "loss_mask")
 """Stored narrow, int64 in a batch."""
 
-Check = Callable[["Piece", Sequence[np.ndarray]], None]
-"""Called with a sample's stored bytes, tensor by tensor in file order."""
+_ELEMENTS = 1 << 17
+"""Read, decoded and cast at a time: they stay in a core's cache from one step to the next."""
+
+Check = Callable[["Piece", "Sequence[np.ndarray] | None"], None]
+"""Called with a sample's stored bytes, tensor by tensor in file order; None where not all of them were read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,8 @@ class Piece:
     """of the batch"""
     at: int
     """first token in that row"""
+    check: Check | None = None
+    """looks at the sample as it was read"""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,8 @@ class Gathered:
     """its hidden_states are still encoded where ``encoded`` is not empty"""
     encoded: dict[str, Tensor] = field(default_factory=dict)
     """the codec's tensors ``[B, S, ...]``"""
+    view: View = STORED
+    """what is still to be done to the states"""
 
     def to(self, device: torch.device | str) -> Gathered:
         """Copy it, without waiting."""
@@ -68,11 +77,16 @@ class Gathered:
         return replace(self, batch=self.batch.to(device, non_blocking=True), encoded=encoded)
 
     def decoded(self) -> DFlashTargetBatch:
-        """The batch, its hidden_states decoded where they are."""
-        codec = self.schema.codec
-        if not self.encoded or not isinstance(codec, RowCodec):
-            return self.batch
-        return replace(self.batch, hidden_states=codec.decode(self.encoded, self.schema.states))
+        """The batch, its hidden_states decoded, and cast, where they are."""
+        batch, codec = self.batch, self.schema.codec
+        if self.encoded and isinstance(codec, RowCodec):
+            batch = replace(batch, hidden_states=codec.decode(self.encoded, self.view.read(self.schema)))
+        if self.view == STORED:
+            return batch
+        fields = {name: getattr(batch, name) for name in CAST if getattr(batch, name) is not None}
+        fields["hidden_states"] = self.view.selected(batch.hidden_states, self.schema)
+        dtype = self.view.given(self.schema).dtype
+        return replace(batch, **{name: tensor.to(dtype) for name, tensor in fields.items()})
 
 
 class BatchSource(Protocol):
@@ -83,6 +97,9 @@ class BatchSource(Protocol):
 
     def __len__(self) -> int:
         """Stored samples."""
+
+    def batch_bytes(self, tokens: int, decode: bool) -> int:
+        """Memory of a batch of that many tokens, padding included."""
 
     def gather(
         self,
@@ -106,9 +123,9 @@ class _Place:
     row_bytes: int
 
 
-def batch_bytes(schema: ShardSchema, rows: int, length: int, decode: bool = True) -> int:
-    """Memory of a batch of ``rows`` rows of ``length`` tokens; ``decode`` as for :func:`gather`."""
-    return max(place.stop for place in _layout(_batch_tensors(schema, decode), rows * length).values())
+def batch_bytes(schema: ShardSchema, tokens: int, decode: bool = True, view: View = STORED) -> int:
+    """Memory of a batch of ``tokens`` tokens, padding included; ``decode`` and ``view`` as for :func:`gather`."""
+    return max(place.stop for place in _layout(_batch_tensors(schema, view, decode), tokens).values())
 
 
 def gather(
@@ -117,41 +134,36 @@ def gather(
     rows: int,
     length: int,
     allocate: Callable[[int], Tensor],
-    check: Check | None = None,
     decode: bool = True,
     readers: Executor | None = None,
+    view: View = STORED,
 ) -> Gathered:
     """Read ``pieces`` into a batch ``[rows, length]``; what no piece fills is zero, its masks too.
 
     Args:
-        schema: of the shards.
+        schema: of the shards; where theirs differ, it is in the codec, and ``decode`` is True.
         pieces: of each row from left to right, without gaps.
         allocate: gives uint8 memory, of a size in bytes, for all tensors of the batch together.
-        check: looks at every sample as it was read.
-        decode: False: leave states encoded, where each token is on its own (a :class:`RowCodec`).
+        decode: False: leave states encoded and not cast, where each token is on its own (a :class:`RowCodec`).
         readers: threads that read the pieces side by side; None: one after the other.
+        view: which layers, and in which dtype.
 
     Raises:
-        CacheError: a shard ended early; a sample cannot be decoded; what ``check`` raises.
+        CacheError: a shard ended early; a sample cannot be decoded; what a piece's ``check`` raises.
         StorageError: the operating system refused.
     """
     decode = decode or isinstance(schema.codec, BlockCodec)
-    in_batch = _batch_tensors(schema, decode)
+    in_batch = _batch_tensors(schema, view, decode)
     places = _layout(in_batch, rows * length)
     memory = allocate(max(place.stop for place in places.values()))
     arrays = {
         name: memory[place.start : place.stop].numpy().reshape(rows, length, place.row_bytes)
         for name, place in places.items()
     }
-    stored_as_it_is = {tensor.name for tensor in in_batch} - (_decoded_names(schema) if decode else set())
 
     def fill(piece: Piece) -> None:
         targets = {name: array[piece.row, piece.at : piece.at + piece.length] for name, array in arrays.items()}
-        stored = _read(schema, piece, {name: targets[name] for name in stored_as_it_is})
-        if check is not None:
-            check(piece, list(stored.values()))
-        if "hidden_states" not in stored_as_it_is:
-            _decode(schema, piece, stored, targets["hidden_states"])
+        _fill(piece, targets, view, decode)
 
     filled = [0] * rows
     for piece in pieces:
@@ -163,14 +175,16 @@ def gather(
             array[row, stop:] = 0
     tensors = {
         tensor.name: memory[places[tensor.name].start : places[tensor.name].stop]
-        .view(_batch_dtype(tensor.name, tensor.dtype))
+        .view(_batch_dtype(tensor))
         .view(rows, length, *tensor.shape(0)[1:])
         for tensor in in_batch
     }
     captures = {tensor.name: widened(tensors[tensor.name]) for tensor in schema.captures}
+    encoded = (
+        {} if decode or isinstance(schema.codec, RawCodec) else {t.name: tensors[t.name] for t in _encoded(schema)}
+    )
     batch = DFlashTargetBatch(tensors["hidden_states"], *(tensors[name] for name in INT64_FIELDS), **captures)
-    encoded = {} if decode or not _decoded_names(schema) else {t.name: tensors[t.name] for t in _codec_tensors(schema)}
-    return Gathered(schema, batch, encoded)
+    return Gathered(schema, batch, encoded, STORED if decode else view)
 
 
 def widened(stored: Tensor) -> Tensor:
@@ -178,26 +192,27 @@ def widened(stored: Tensor) -> Tensor:
     return stored.to(torch.int64) if stored.dtype == torch.int32 else stored
 
 
-def _batch_dtype(name: str, dtype: str) -> torch.dtype:
-    return torch.int64 if name in INT64_FIELDS else DTYPES[dtype]
-
-
-def _codec_tensors(schema: ShardSchema) -> tuple[TokenTensor, ...]:
+def _encoded(schema: ShardSchema) -> tuple[TokenTensor, ...]:
     return schema.codec.tensors(schema.states)
 
 
-def _decoded_names(schema: ShardSchema) -> set[str]:
-    """The tensors that are not in a decoded batch, or not as they are stored."""
-    return set() if isinstance(schema.codec, RawCodec) else {"hidden_states", *(t.name for t in _codec_tensors(schema))}
+def _batch_dtype(tensor: TokenTensor) -> torch.dtype:
+    return torch.int64 if tensor.name in INT64_FIELDS else DTYPES[tensor.dtype]
 
 
-def _batch_tensors(schema: ShardSchema, decode: bool) -> list[TokenTensor]:
+def _batch_tensors(schema: ShardSchema, view: View, decode: bool) -> list[TokenTensor]:
     """The tensors that a batch has in memory."""
-    if isinstance(schema.codec, RawCodec) or not (decode or isinstance(schema.codec, BlockCodec)):
-        return list(schema.token_tensors)
-    states = TokenTensor("hidden_states", DTYPE_NAMES[schema.states.dtype], schema.states.width)
-    decoded = _decoded_names(schema)
-    return [states, *(tensor for tensor in schema.token_tensors if tensor.name not in decoded)]
+    given = view.given(schema)
+    states = (TokenTensor("hidden_states", DTYPE_NAMES[given.dtype], given.width),)
+    encoded = {tensor.name for tensor in _encoded(schema)}
+    others = [tensor for tensor in schema.token_tensors if tensor.name not in encoded]
+    if not decode:
+        return [*schema.codec.tensors(view.read(schema)), *others]
+    return [*states, *(replace(tensor, dtype=_cast_dtype(tensor, schema, view)) for tensor in others)]
+
+
+def _cast_dtype(tensor: TokenTensor, schema: ShardSchema, view: View) -> str:
+    return DTYPE_NAMES[view.given(schema).dtype] if tensor.name in CAST else tensor.dtype
 
 
 def _layout(in_batch: Sequence[TokenTensor], tokens: int) -> dict[str, _Place]:
@@ -210,54 +225,128 @@ def _layout(in_batch: Sequence[TokenTensor], tokens: int) -> dict[str, _Place]:
     return places
 
 
-def _read(schema: ShardSchema, piece: Piece, targets: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Read one sample; its stored bytes in file order, ``targets`` (uint8 ``[length, row_bytes]``) in their place."""
-    ranges = {
-        tensor.name: piece.shard.row_range(tensor.name, piece.start, piece.start + piece.length)
-        for tensor in schema.token_tensors
-    }
-    if schema.has_blocks:
-        ranges[BLOCKS] = piece.shard.block_range(piece.shard.position_at(piece.start))
-    aside = _scratch(sum(size + _ALIGNMENT for _, size in ranges.values()))
-    stored, at = {}, 0
-    for name, (offset, size) in ranges.items():
-        if name in targets and name not in INT64_FIELDS:
-            stored[name] = targets[name].reshape(-1)
-        else:
-            stored[name] = aside[at : at + size]
-            at += -(-size // _ALIGNMENT) * _ALIGNMENT
-        piece.shard.read_into(offset, stored[name])
-        if name in INT64_FIELDS:
-            targets[name].view(np.int64)[:, 0] = stored[name].view(np.int32) if name == "input_ids" else stored[name]
-    return stored
-
-
-def _decode(schema: ShardSchema, piece: Piece, stored: dict[str, np.ndarray], out: np.ndarray) -> None:
-    """Decode a sample's states into ``out`` (uint8 ``[length, row_bytes]``)."""
-    codec, states, shard = schema.codec, schema.states, piece.shard
-    if isinstance(codec, RowCodec):
-        tensors = {
-            tensor.name: torch.from_numpy(stored[tensor.name]).view(DTYPES[tensor.dtype]).view(tensor.shape(len(out)))
-            for tensor in codec.tensors(states)
-        }
-        codec.decode_into(tensors, torch.from_numpy(out).view(states.dtype), states)
+def _fill(piece: Piece, targets: dict[str, np.ndarray], view: View, decode: bool) -> None:
+    """Read one sample to its places, ``targets``: uint8 ``[length, row_bytes]`` of each tensor of the batch."""
+    schema, aside = piece.shard.schema, _Aside()
+    codec = schema.codec
     if isinstance(codec, BlockCodec):
-        position = shard.position_at(piece.start)
-        num_tokens = int(shard.cu_seqlens[position + 1]) - piece.start
-        try:
-            bits = out.view(f"<u{states.dtype.itemsize}")
-            codec.decode_sample(stored[BLOCKS], shard.codec_head, num_tokens, bits)
-        except ValueError as error:
-            sample = int(shard.sample_ids[position])
-            raise CacheError(shard.where, f"sample {sample} cannot be decoded: {error}") from None
+        stored = {BLOCKS: _read_block(piece, aside)}
+    else:
+        stored = _read_states(piece, targets, view, decode, aside)
+    encoded = {tensor.name for tensor in _encoded(schema)}
+    for tensor in schema.token_tensors:
+        if tensor.name in encoded:
+            continue
+        target, dtype = targets[tensor.name], _cast_dtype(tensor, schema, view) if decode else tensor.dtype
+        is_straight = tensor.name not in INT64_FIELDS and dtype == tensor.dtype
+        data = target.reshape(-1) if is_straight else aside.take(piece.length * tensor.row_bytes)
+        piece.shard.read_into(piece.shard.row_range(tensor.name, piece.start, piece.start + piece.length)[0], data)
+        stored[tensor.name] = data
+        if tensor.name in INT64_FIELDS:
+            target.view(np.int64)[:, 0] = data.view(np.int32) if tensor.dtype == "I32" else data
+        elif not is_straight:
+            _rows(target, dtype).copy_(_rows(data.reshape(piece.length, -1), tensor.dtype))
+    if piece.check is not None:
+        names = [*(tensor.name for tensor in schema.token_tensors), *([BLOCKS] if schema.has_blocks else [])]
+        piece.check(piece, [stored[name] for name in names] if stored.keys() >= set(names) else None)
+    if isinstance(codec, BlockCodec):
+        _decode_block(piece, codec, stored[BLOCKS], targets["hidden_states"], view, aside)
+
+
+def _read_states(
+    piece: Piece, targets: dict[str, np.ndarray], view: View, decode: bool, aside: _Aside
+) -> dict[str, np.ndarray]:
+    """Read and, with ``decode``, decode the states of one sample; the codec's tensors, if all of them were kept."""
+    schema, shard, length = piece.shard.schema, piece.shard, piece.length
+    codec, columns = schema.codec, {tensor.name: view.columns(schema, tensor) for tensor in _encoded(schema)}
+    assert isinstance(codec, RowCodec)
+    tensors = codec.tensors(view.read(schema))
+    all_layers = view.layers is None or not view.by_layer(schema)
+    if not decode or (isinstance(codec, RawCodec) and view.dtype is None):
+        for tensor in tensors:
+            shard.read_rows(tensor.name, piece.start, targets[tensor.name], columns[tensor.name])
+        return {tensor.name: targets[tensor.name].reshape(-1) for tensor in tensors} if all_layers else {}
+    out = _rows(targets["hidden_states"], DTYPE_NAMES[view.given(schema).dtype])
+    step = max(1, _ELEMENTS // view.read(schema).width)
+    # All at once where its checksum is wanted, or where each read is a request to a store.
+    at_once = length if piece.check is not None or not shard.is_local else step
+    memory = {tensor.name: aside.take(min(at_once, length) * tensor.row_bytes) for tensor in tensors}
+    for first in range(0, length, at_once):
+        count = min(at_once, length - first)
+        read = {t.name: memory[t.name][: count * t.row_bytes].reshape(count, t.row_bytes) for t in tensors}
+        for tensor in tensors:
+            shard.read_rows(tensor.name, piece.start + first, read[tensor.name], columns[tensor.name])
+        for start in range(0, count, step):
+            rows = slice(start, min(start + step, count))
+            encoded = {t.name: _rows(read[t.name][rows], t.dtype) for t in tensors}
+            _decode_rows(codec, schema, encoded, out[first + rows.start : first + rows.stop], view)
+    return memory if all_layers and at_once == length else {}
+
+
+def _decode_rows(codec: RowCodec, schema: ShardSchema, encoded: dict[str, Tensor], out: Tensor, view: View) -> None:
+    """Decode some tokens into ``out [n, L*H]``."""
+    if view.is_decoded(schema):
+        codec.decode_into(encoded, out, view.read(schema))
+        return
+    if isinstance(codec, RawCodec):
+        states = encoded["hidden_states"]
+    else:
+        states = torch.empty(len(out), view.read(schema).width, dtype=schema.states.dtype)
+        codec.decode_into(encoded, states, view.read(schema))
+    out.copy_(view.selected(states, schema))
+
+
+def _read_block(piece: Piece, aside: _Aside) -> np.ndarray:
+    offset, size = piece.shard.block_range(piece.shard.position_at(piece.start))
+    block = aside.take(size)
+    piece.shard.read_into(offset, block)
+    return block
+
+
+def _decode_block(
+    piece: Piece, codec: BlockCodec, block: np.ndarray, target: np.ndarray, view: View, aside: _Aside
+) -> None:
+    """Decode a sample's block into ``target`` (uint8 ``[length, row_bytes]``)."""
+    shard, schema = piece.shard, piece.shard.schema
+    position = shard.position_at(piece.start)
+    is_plain = view.is_decoded(schema)
+    out = target if is_plain else aside.take(len(target) * schema.states.row_bytes).reshape(len(target), -1)
+    num_tokens = int(shard.cu_seqlens[position + 1]) - piece.start
+    try:
+        codec.decode_sample(block, shard.codec_head, num_tokens, out.view(f"<u{schema.states.dtype.itemsize}"))
+    except ValueError as error:
+        sample = int(shard.sample_ids[position])
+        raise CacheError(shard.where, f"sample {sample} cannot be decoded: {error}") from None
+    if is_plain:
+        return
+    states, wanted = _rows(out, DTYPE_NAMES[schema.states.dtype]), _rows(target, DTYPE_NAMES[view.given(schema).dtype])
+    step = max(1, _ELEMENTS // schema.states.width)
+    for start in range(0, len(target), step):
+        rows = slice(start, start + step)
+        wanted[rows].copy_(view.selected(states[rows], schema))
+
+
+def _rows(data: np.ndarray, dtype: str) -> Tensor:
+    """uint8 ``[n, row_bytes]`` as a tensor ``[n, width]`` that shares its memory."""
+    return torch.from_numpy(data).view(DTYPES[dtype])
+
+
+class _Aside:
+    """Memory beside the batch that this thread uses again from sample to sample; not cleared."""
+
+    def __init__(self) -> None:
+        self._at = 0
+
+    def take(self, size: int) -> np.ndarray:
+        """uint8 ``[size]``, for as long as the sample is worked on."""
+        memory: np.ndarray | None = getattr(_thread, "memory", None)
+        if memory is None or self._at + size > len(memory):
+            # What was taken before lives on in its views.
+            memory, self._at = np.empty(max(self._at + size, 1 << 16), np.uint8), 0
+            _thread.memory = memory
+        taken = memory[self._at : self._at + size]
+        self._at = -(-(self._at + size) // _ALIGNMENT) * _ALIGNMENT
+        return taken
 
 
 _thread = threading.local()
-
-
-def _scratch(size: int) -> np.ndarray:
-    """uint8 ``[size]``, not cleared: memory that this thread uses again."""
-    memory: np.ndarray | None = getattr(_thread, "memory", None)
-    if memory is None or len(memory) < size:
-        memory = _thread.memory = np.empty(size, np.uint8)
-    return memory[:size]

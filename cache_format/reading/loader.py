@@ -30,7 +30,7 @@ from cache_format.device import count, current_stream, has_streams, new_stream, 
 from cache_format.errors import InputError, MismatchError
 from cache_format.layout.index import Index
 from cache_format.reading.buffer_pool import BufferPool
-from cache_format.reading.gather import BatchSource, Gathered, batch_bytes
+from cache_format.reading.gather import BatchSource, Gathered
 from cache_format.reading.order import (
     SHUFFLES,
     Batches,
@@ -288,7 +288,7 @@ class CacheLoader:
         # More than all samples together is never needed, however large a batch may be.
         rows = min(options.batch_size or len(self._samples), len(self._samples))
         tokens = min(rows * longest, options.batch_tokens or rows * longest)
-        capacity = batch_bytes(self._cache.manifest.schema(), 1, tokens, self._decode_on_host)
+        capacity = self._cache.batch_bytes(tokens, self._decode_on_host)
         return BufferPool(capacity, keep=options.prefetch + 2, pin_memory=self._is_asynchronous)
 
     @property

@@ -62,6 +62,21 @@ class LocalFile:
         except OSError as error:
             raise StorageError(self.where, "read", error) from error
 
+    def read_strided_into(self, offset: int, stride: int, out: np.ndarray) -> None:
+        """Fill row i of ``out`` (uint8 ``[n, bytes]``, rows contiguous) with the bytes from ``offset + i * stride``.
+
+        Raises:
+            CacheError, StorageError: as :meth:`read_into`.
+        """
+        size = out.shape[1]
+        try:
+            for row in out:
+                if os.preadv(self._fd, [row], offset) != size:
+                    self.read_into(offset, row)
+                offset += stride
+        except OSError as error:
+            raise StorageError(self.where, "read", error) from error
+
     def keep(self, start: int, stop: int) -> None:
         """Nothing: the system's page cache does it."""
 
