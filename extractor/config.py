@@ -23,7 +23,7 @@ OnBadRow = Literal["fail", "skip"]
 OnNonfinite = Literal["fail", "quarantine"]
 Engine = Literal["local", "ray"]
 TpPlan = Literal["auto"]
-ExportLayout = Literal["specforge", "speculators", "modelopt", "deepspec", "nemo-dspark"]
+ExportLayout = Literal["specforge", "speculators", "modelopt", "deepspec", "nemo-dspark", "angelslim"]
 
 DEFAULT_BATCH_TOKENS = 8192
 

@@ -102,6 +102,56 @@ def test_speculators_files(source, exported):
         assert same(stored["hidden_states"], sample.hidden_states[0].reshape(length, 3, 64))
 
 
+def test_angelslim_files(source, exported):
+    cache = FeatureCache.open(source)
+    files = sorted(exported["angelslim"].rglob("*.ckpt"))
+    assert len(files) == len(cache)
+    for sample, path in zip(cache, files, strict=True):
+        record = torch.load(path, weights_only=True)
+        assert set(record) == {"input_ids", "loss_mask", "hidden_states", "target_hiddens"}
+        assert same(record["input_ids"], sample.input_ids)
+        assert same(record["loss_mask"], sample.loss_mask)
+        assert same(record["hidden_states"], sample.hidden_states)
+        assert same(record["target_hiddens"], sample.last_hidden_states)
+
+
+def test_some_layers_in_another_dtype(source, cli, tmp_path):
+    """What a draft does not want is not exported; of speculators the last layer is beside what it wants."""
+    cache = FeatureCache.open(source)
+    options = ["--layers", "2,0", "--dtype", "float32"]
+    for name, ending, field in (("specforge", "ckpt", "hidden_states"), ("modelopt", "pt", "aux_hidden_states")):
+        code, _, err = cli("export", source, "--to", name, tmp_path / name, *options)
+        assert (code, "target_layer_ids = [2, 0]" in err) == (0, True), err
+        for sample, path in zip(cache, sorted((tmp_path / name).rglob(f"*.{ending}")), strict=True):
+            states = sample.hidden_states[0].float()
+            got = torch.load(path, weights_only=True)[field]
+            assert same(got, torch.cat([states[:, 64:128], states[:, :64]], dim=1))
+    code, _, err = cli("export", source, "--to", "speculators", tmp_path / "s", "--layers", "2")
+    assert (code, "--target-layer-ids 3 " in err) == (0, True), err
+    stored = load_file(tmp_path / "s" / "hidden_states" / "hs_3.safetensors")["hidden_states"]
+    assert same(stored.flatten(1), cache[3].hidden_states[0][:, 64:])
+
+
+def test_an_export_is_not_mixed_with_one_of_other_layers(source, cli, tmp_path):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert cli("export", source, "--to", "specforge", out, "--layers", "2,0")[0] == 0
+    assert cli("export", source, "--to", "specforge", whole)[0] == 0
+    before = contents(out)
+    for folder, options in ((out, []), (out, ["--layers", "0,2"]), (out, ["--layers", "2,0", "--dtype", "float32"])):
+        code, _, err = cli("export", source, "--to", "specforge", folder, *options)
+        assert (code, "was begun as another export" in err) == (2, True), err
+    assert cli("export", source, "--to", "specforge", whole, "--layers", "2,0")[0] == 2
+    assert contents(out) == before
+    assert cli("export", source, "--to", "specforge", out, "--layers", "2,0", "--dtype", "bfloat16")[0] == 0
+    for options, word in (
+        (["--layers", "1"], "layer 1"),
+        (["--layers", "a"], "--layers"),
+        (["--dtype", "int8"], "int8"),
+    ):
+        code, _, err = cli("export", source, "--to", "specforge", tmp_path / "no", *options)
+        assert (code, word in err) == (2, True), err
+
+
 def test_speculators_layers_follow_the_context_not_the_order_of_capture(tmp_path):
     """The last layer goes last, wherever the cache has it; the others keep their order."""
     write_cache(tmp_path / "cache", [5])
@@ -264,7 +314,7 @@ def test_the_command(source, exported, cli, tmp_path):
     assert all(name in help_ for name in LAYOUTS)
 
 
-@pytest.mark.parametrize("name", ["modelopt", "deepspec", "nemo-dspark", "speculators"])
+@pytest.mark.parametrize("name", ["modelopt", "deepspec", "nemo-dspark", "speculators", "angelslim"])
 def test_what_the_cache_lacks_is_refused_with_the_option_that_captures_it(made, cli, tmp_path, name):
     option = "`--target-layers 4,0,2,5`" if name == "speculators" else "`--capture last_hidden_states`"
     code, _, err = cli("export", made, "--to", name, tmp_path / "out")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -49,8 +49,30 @@ class Layout:
     """raises InputError where the cache lacks what the layout needs, naming the extract option that captures it"""
     files: Callable[[FeatureCache], Iterator[ExportFile]]
     """every file, lazily, in the order of writing; what makes the reader accept the folder comes last"""
+    needs_last_layer: bool = False
+    """whether the output of the target's last decoder layer is held beside that of the draft's own layers"""
     settings: Callable[[FeatureCache], list[str]]
     """what to set in the peer's trainer so that it fits this cache, a line each"""
+
+
+def seen_by(
+    layout: Layout, cache: FeatureCache, layers: Iterable[int] | None, dtype: torch.dtype | str | None
+) -> FeatureCache:
+    """The cache as an export of some of its layers, or in another dtype, has it.
+
+    Args:
+        layout: of the export.
+        cache: all of it.
+        layers: those of the draft, as for ``FeatureCache.view``.
+        dtype: of the states, as there.
+
+    Raises:
+        InputError: as ``FeatureCache.view``.
+    """
+    last, chosen = last_layer(cache), None if layers is None else list(layers)
+    if chosen and layout.needs_last_layer and last in cache.target_layer_ids and last not in chosen:
+        chosen.append(last)
+    return cache.view(layers=chosen, dtype=dtype)
 
 
 def last_layer(cache: FeatureCache) -> int:

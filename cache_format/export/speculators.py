@@ -9,7 +9,8 @@ Matched: speculators 0.9.0 and hs-connectors 0.9.0 (PyPI), ``speculators/train/d
 
 The L+1-th layer is the verifier's last decoder layer *before* the final norm, which the trainer applies itself; the
 others are the context. So the cache has to have captured the target's last layer among its target_layer_ids; it is not
-part of the draft's own. ``--capture last_hidden_states`` does not help: those are after the norm.
+part of the draft's own (others are trained from the same cache with ``layers=``). ``--capture last_hidden_states`` does
+not help: those are after the norm.
 """
 
 from __future__ import annotations
@@ -129,5 +130,6 @@ SPECULATORS = Layout(
     reader="speculators 0.9.0, ArrowDataset",
     check=_check,
     files=_files,
+    needs_last_layer=True,
     settings=_settings,
 )

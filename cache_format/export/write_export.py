@@ -12,7 +12,7 @@ from typing import Any
 
 from cache_format.errors import CacheError, InputError, MismatchError, StorageError
 from cache_format.export.interface import Layout, LeftOut
-from cache_format.reading.feature_cache import FeatureCache
+from cache_format.reading.feature_cache import SEEN, FeatureCache
 from cache_format.storage.commit import committed, make_folder, remove_temporaries, write_all
 
 MARKER_NAME = "export.json"
@@ -136,7 +136,7 @@ def _check_out(cache: FeatureCache, layout: Layout, out: Path) -> dict[str, Any]
     """The marker of this export; refuses an ``out`` that is not this export's own."""
     if out.resolve().is_relative_to(cache.path.resolve()) or cache.path.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{out}: choose an OUT beside the cache, not inside it or around it")
-    same = {"layout": layout.name, "reader": layout.reader, "fingerprint": cache.manifest.fingerprint}
+    same = {"layout": layout.name, "reader": layout.reader, "fingerprint": cache.manifest.fingerprint, **cache.seen}
     marker = {"format": FORMAT_NAME, **same, "state": "exporting"}
     if not os.path.lexists(out):
         return marker
@@ -147,7 +147,8 @@ def _check_out(cache: FeatureCache, layout: Layout, out: Path) -> dict[str, Any]
             raise InputError(f"{out} is not empty and was not written by an export; choose another OUT")
         return marker
     found = _read_marker(out / MARKER_NAME)
-    different = {name: (found.get(name), value) for name, value in same.items() if found.get(name) != value}
+    names = dict.fromkeys([*same, *(name for name in SEEN if name in found)])
+    different = {name: (found.get(name), same.get(name)) for name in names if found.get(name) != same.get(name)}
     if different:
         raise MismatchError(
             f"{out}: was begun as another export; nothing was touched. Different:", different, "Choose another OUT."

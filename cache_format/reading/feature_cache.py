@@ -38,6 +38,9 @@ from cache_format.storage.folder import Folder, LocalFolder, StoreFolder
 from cache_format.storage.host_memory import host_memory
 from cache_format.storage.store import is_url
 
+SEEN = ("target_layer_ids", "dtype")
+"""Fields of the manifest that a view changes."""
+
 
 class FeatureCache(Dataset):
     """A cache opened for reading: a sequence of samples and a map-style ``torch.utils.data.Dataset``.
@@ -175,6 +178,12 @@ class FeatureCache(Dataset):
         """
         chosen = self.target_layer_ids if layers is None else layers
         return self._seen(view_of(self._stored, self.target_layer_ids, chosen, dtype or self.manifest.dtype))
+
+    @property
+    def seen(self) -> dict[str, Any]:
+        """Of a :meth:`view`, those of ``SEEN`` that are not the stored ones, as JSON values."""
+        ours, stored = vars(self.manifest), vars(self._stored)
+        return {name: ours[name] for name in SEEN if ours[name] != stored[name]}
 
     def _seen(self, view: View) -> FeatureCache:
         # Not copy.copy: that would open the cache anew, as pickling does.

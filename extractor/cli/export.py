@@ -20,6 +20,14 @@ def export(
     cache: Cache,
     out: Annotated[Any, typer.Argument(help="Folder to write: new, or begun by the same command.", parser=folder)],
     to: Annotated[ExportLayout, typer.Option(help="Whose reader opens them.", show_default=False)],
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Only these of the cache's layers, in this order, such as 1,9,17.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16: cast the states. Default: as stored.", show_default=False),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask, on a terminal.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -28,17 +36,23 @@ def export(
 
     A trainer that reads the cache itself (see the README) needs no copy of it: an export is as large as the cache, or
     larger, so its size is shown first, and on a terminal it asks. Each sample's checksum is checked on the way.
-    modelopt, deepspec and nemo-dspark hold the target's last hidden states: extract with --capture last_hidden_states.
-    speculators holds the output of the target's last layer: name it in --target-layers.
+    modelopt, deepspec, angelslim and nemo-dspark hold the target's last hidden states: extract with --capture
+    last_hidden_states. speculators holds the output of the target's last layer: name it in --target-layers.
 
     Example: dflash-cache export /data/cache --to specforge /data/specforge
     """
     from cache_format import FeatureCache
-    from cache_format.export import LAYOUTS, plan_export
+    from cache_format.export import LAYOUTS, plan_export, seen_by
     from cache_format.export import export as run_export
+    from extractor.target.layer_ids import parse_layer_ids
 
     with or_could_not_run():
-        source = FeatureCache.open(cache, verify="sample")
+        source = seen_by(
+            LAYOUTS[to],
+            FeatureCache.open(cache, verify="sample"),
+            None if layers is None else parse_layer_ids(layers, "--layers"),
+            dtype,
+        )
     plan = plan_export(source, LAYOUTS[to], out)
     done = f", {plan.done_files:,} of them done" if plan.done_files else ""
     say(f"{out}: {plan.files:,} files, {size(plan.bytes)}{done}; {size(plan.free_bytes)} free. Reader: {plan.reader}")

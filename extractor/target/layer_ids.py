@@ -44,8 +44,8 @@ def chosen_layer_ids(target: TargetOptions, num_hidden_layers: int) -> list[int]
     return ids
 
 
-def parse_layer_ids(text: str) -> list[int]:
-    """``"1,9,17"`` -> ``[1, 9, 17]``; their range is checked once the target is known.
+def parse_layer_ids(text: str, option: str = "--target-layers") -> list[int]:
+    """``"1,9,17"`` -> ``[1, 9, 17]``; whether there are such layers is found out later.
 
     Raises:
         InputError: not whole numbers separated by commas.
@@ -53,4 +53,4 @@ def parse_layer_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--target-layers {text!r}: write whole numbers separated by commas, such as 1,9,17") from None
+        raise InputError(f"{option} {text!r}: write whole numbers separated by commas, such as 1,9,17") from None
