@@ -20,6 +20,7 @@ from cache_format.codecs import States, codec_from_dict
 from cache_format.codecs.dtypes import torch_dtype
 from cache_format.errors import CacheError, MismatchError, StorageError
 from cache_format.layout.captures import Captures
+from cache_format.layout.samples import BadRows
 from cache_format.layout.shard_layout import FORMAT_NAME, FORMAT_VERSION, ShardSchema, capture_tensors
 from cache_format.storage.commit import committed, write_all
 from cache_format.storage.file_info import FileInfo
@@ -30,6 +31,9 @@ STATES = ("preparing", "extracting", "complete")
 MAX_MANIFEST_BYTES = 64 << 20
 LATER_IDENTITY = ("samples", "padding", "attn_implementation")
 """Identity fields that are found out while the samples are prepared and the target is loaded."""
+
+LATER: Mapping[str, Any] = {"later": True}
+"""Metadata of fields that caches of earlier versions of this package do not have; they then have their default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,8 @@ class DataInfo:
     """dataset rows read, dropped ones included"""
     dropped: dict[str, int]
     """reason -> rows"""
+    bad_rows: dict[str, BadRows] = field(default_factory=dict, metadata=LATER)
+    """what ``bad_row`` of these is made of: class of what is wrong with a row -> how many, and the first"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +255,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if hasattr(kind, "__dataclass_fields__"):
         hints = typing.get_type_hints(kind)
-        if not isinstance(value, dict) or set(value) != {f.name for f in fields(kind)}:
+        absent = {f.name for f in fields(kind)} ^ set(value) if isinstance(value, dict) else {""}
+        if absent - {f.name for f in fields(kind) if "later" in f.metadata}:
             raise ValueError(f"{where} does not have exactly the fields {', '.join(hints)}")
         return kind(**{name: _build(hints[name], item, f"{where}.{name}") for name, item in value.items()})
     if kind is Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -54,6 +54,45 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class BadRows:
+    """Rows that are bad for one reason."""
+
+    rows: int
+    first: str
+    """file and row in it of the first one, counted from 1: ``train.jsonl row 17``"""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rows, int) or self.rows < 1 or not isinstance(self.first, str):
+            raise ValueError("bad rows have a number of rows and the place of the first one")
+
+
+class Dropped(Counter[str]):
+    """Reason -> rows (of a row that gives several samples: samples) that were left out."""
+
+    bad_rows: dict[str, BadRows]
+    """what ``bad_row`` is made of: class of what is wrong with a row -> how many, and the first"""
+
+    def __init__(self, counts: Mapping[str, int] | None = None, bad_rows: Mapping[str, BadRows] | None = None):
+        super().__init__(counts or {})
+        self.bad_rows = dict(bad_rows or {})
+
+    def count_bad_row(self, reason: str, where: str) -> None:
+        """Count one more, which comes after all that are counted."""
+        self["bad_row"] += 1
+        self._add(reason, BadRows(1, where))
+
+    def add(self, later: Dropped) -> None:
+        """Count those of rows that come after these."""
+        self.update(later)
+        for reason, rows in later.bad_rows.items():
+            self._add(reason, rows)
+
+    def _add(self, reason: str, rows: BadRows) -> None:
+        before = self.bad_rows.get(reason)
+        self.bad_rows[reason] = rows if before is None else BadRows(before.rows + rows.rows, before.first)
+
+
+@dataclass(frozen=True, slots=True)
 class PartInfo:
     """Which dataset rows a part covers, why rows of it were dropped, and what it was made for."""
 
@@ -62,6 +101,8 @@ class PartInfo:
     dropped: Mapping[str, int]
     made_for: str = ""
     """digest of the data, tokenizer and options that decided the samples; "" in parts of earlier versions"""
+    bad_rows: Mapping[str, BadRows] = field(default_factory=dict)
+    """see :class:`Dropped`; empty in parts of earlier versions"""
 
     def __post_init__(self) -> None:
         whole = all(isinstance(v, int) and v >= 0 for v in (self.first_row, self.stop_row, *self.dropped.values()))
@@ -99,6 +140,7 @@ def write_part(path: Path, samples: Sequence[Sample], info: PartInfo) -> None:
         "first_row": info.first_row,
         "stop_row": info.stop_row,
         "dropped": dict(sorted(info.dropped.items())),
+        "bad_rows": {reason: asdict(rows) for reason, rows in sorted(info.bad_rows.items())},
         "made_for": info.made_for,
     }
     schema = SCHEMA.with_metadata({_META: json.dumps(meta).encode()})
@@ -114,7 +156,8 @@ def read_part(path: Path) -> tuple[pa.RecordBatch, PartInfo]:
     batch, metadata = read_batch(path, SCHEMA)
     try:
         meta = json.loads(metadata[_META])
-        info = PartInfo(meta["first_row"], meta["stop_row"], dict(meta["dropped"]), meta.get("made_for", ""))
+        bad_rows = {reason: BadRows(**rows) for reason, rows in meta.get("bad_rows", {}).items()}
+        info = PartInfo(meta["first_row"], meta["stop_row"], dict(meta["dropped"]), meta.get("made_for", ""), bad_rows)
         batch.validate(full=True)
     except (pa.ArrowException, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CacheError(path, f"cannot be read as prepared samples: {error}") from None
@@ -135,14 +178,14 @@ class PreparedSamples:
         """
         self.folder = folder
         self._parts: list[pa.RecordBatch] = []
-        self.dropped: Counter[str] = Counter()
+        self.dropped = Dropped()
         self.num_rows = 0
         for number in range(num_parts):
             batch, info = read_part(inside(folder, part_path(folder, number).name))
             if info.first_row != self.num_rows:
                 raise CacheError(part_path(folder, number), f"begins at row {info.first_row}, not at {self.num_rows}")
             self.num_rows = info.stop_row
-            self.dropped.update(info.dropped)
+            self.dropped.add(Dropped(info.dropped, info.bad_rows))
             self._parts.append(batch)
         self._starts = np.concatenate([[0], np.cumsum([b.num_rows for b in self._parts])]).astype(np.int64)
 

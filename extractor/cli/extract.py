@@ -109,6 +109,7 @@ def extract(
     """
     from extractor.engine.local import extract_on, parse_devices
     from extractor.job.job import extract as run_extract
+    from extractor.job.report import bad_row_notes, dropped_note
     from extractor.job.worker import Worker
 
     options, worker = extract_options(locals()), Worker.from_environment()
@@ -152,5 +153,9 @@ def extract(
             f"first batch after {duration(run.seconds_to_first_batch)}; the target waited "
             f"{run.seconds_waiting_for_disk:.1f} s for the disk, writing took {run.seconds_writing:.1f} s beside it"
         )
+    if any(report.dropped.values()):
+        say(f"dropped rows: {dropped_note(report.dropped)}")
+    for note in bad_row_notes(report.bad_rows):
+        say(f"bad rows: {note}")
     if report.quarantined:
         say(f"quarantined: {report.quarantined:,} samples with non-finite states; `dflash-cache inspect` lists them")

@@ -23,6 +23,7 @@ from huggingface_hub import HfApi
 
 from cache_format.errors import DFlashCacheError, InputError, StorageError
 from extractor.config import DataOptions
+from extractor.data.bad_row import BadRow
 
 RawRow = bytes | dict[str, Any]
 """One row as read: a line of a .jsonl file, not parsed yet, or a dict."""
@@ -33,10 +34,6 @@ _ROWS_FOR_COLUMNS = 100
 _HASH_BYTES = 16 << 20
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-
-
-class BadRow(ValueError):
-    """A row that cannot be used; the text says why, without file and row number (see :meth:`Rows.where`)."""
 
 
 class StreamError(DFlashCacheError):

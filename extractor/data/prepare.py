@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,11 +25,12 @@ import pyarrow as pa
 from transformers import AutoTokenizer
 
 from cache_format.errors import CacheError, DFlashCacheError, InputError
-from cache_format.layout.samples import PartInfo, Sample, part_path, read_part, write_part
+from cache_format.layout.samples import Dropped, PartInfo, Sample, part_path, read_part, write_part
 from cache_format.storage.commit import make_folder
 from extractor.config import PrepareOptions
+from extractor.data.bad_row import BadRow, guarded
 from extractor.data.conversation import conversation_of, detect_format, ids_of, text_of
-from extractor.data.dataset import BadRow, RawRow, Rows, RowSource, parse_row
+from extractor.data.dataset import RawRow, Rows, RowSource, parse_row
 from extractor.data.loss_mask import ConversationTokenizer
 
 ROWS_PER_PART = 4096
@@ -40,37 +41,41 @@ Ids = tuple[np.ndarray, np.ndarray]
 """input_ids int32 ``[T]``, loss_mask uint8 ``[T]``"""
 
 
-def prepare_rows(rows: Rows, tokenizer: Any, options: PrepareOptions) -> tuple[list[Sample], Counter[str]]:
+def prepare_rows(rows: Rows, tokenizer: Any, options: PrepareOptions) -> tuple[list[Sample], Dropped]:
     """Samples of ``rows`` in their order, and how many rows were dropped for which reason.
 
-    The reasons are ``empty``, ``too_long``, ``too_few_loss_tokens`` and ``bad_row``. Every row gives a sample or
-    counts as dropped. Deterministic.
+    The reasons are ``empty``, ``too_long``, ``too_few_loss_tokens`` and ``bad_row``; bad rows are counted by what is
+    wrong with them, too. Every row gives a sample or counts as dropped. Deterministic.
 
     Raises:
         InputError: options, columns and tokenizer do not fit, or (``on_bad_row="fail"``) a bad row, by file and row.
     """
-    encode = _encoder(tokenizer, options, rows.columns)
+    encode = encoder(tokenizer, options, rows.columns)
     samples: list[Sample] = []
-    dropped: Counter[str] = Counter()
+    dropped = Dropped()
     for number, raw in enumerate(rows.raw, rows.first):
         try:
-            ids, mask = encode(raw)
+            encoded = encode(raw)
         except BadRow as problem:
             if options.on_bad_row == "fail":
                 raise InputError(
                     f"{rows.where(number)}: {problem}. Mend the row, or leave such rows out with --on-bad-row skip"
                 ) from problem
-            dropped["bad_row"] += 1
+            dropped.count_bad_row(problem.reason, rows.where(number))
             continue
-        reason = _reason_to_drop(ids, mask, options)
-        if reason:
-            dropped[reason] += 1
-            continue
-        samples.append(Sample(ids[: options.max_length], mask[: options.max_length], number))
+        if not encoded:
+            dropped["empty"] += 1
+        for ids, mask in encoded:
+            reason = reason_to_drop(ids, mask, options)
+            if reason:
+                dropped[reason] += 1
+            else:
+                samples.append(Sample(ids[: options.max_length], mask[: options.max_length], number))
     return samples, dropped
 
 
-def _reason_to_drop(ids: np.ndarray, mask: np.ndarray, options: PrepareOptions) -> str | None:
+def reason_to_drop(ids: np.ndarray, mask: np.ndarray, options: PrepareOptions) -> str | None:
+    """Why a sample is left out: ``empty``, ``too_long`` or ``too_few_loss_tokens``; None: it is kept."""
     if not len(ids):
         return "empty"
     if len(ids) > options.max_length and options.too_long == "drop":
@@ -80,26 +85,33 @@ def _reason_to_drop(ids: np.ndarray, mask: np.ndarray, options: PrepareOptions) 
 
 
 @lru_cache(maxsize=1)
-def _encoder(tokenizer: Any, options: PrepareOptions, columns: tuple[str, ...]) -> Callable[[RawRow], Ids]:
-    """The function from a raw row to its ids and mask; kept for the next rows with the same arguments."""
+def encoder(tokenizer: Any, options: PrepareOptions, columns: tuple[str, ...]) -> Callable[[RawRow], list[Ids]]:
+    """The function from a raw row to the ids and masks of its samples; kept for the next rows with the same arguments.
+
+    They are whole: not cut to ``max_length``. The function raises BadRow, whatever is wrong with a row.
+
+    Raises:
+        InputError: options, columns and tokenizer do not fit.
+    """
     row_format = detect_format(columns, options.row_format)
     loss_on = _loss_on(row_format, options.loss_on, columns)
     if row_format == "input_ids":
-        return _parsed(lambda row: ids_of(row, len(tokenizer), loss_on))
+        return _parsed(lambda row: [ids_of(row, len(tokenizer), loss_on)])
     if row_format == "text":
-        return _parsed(lambda row: _all_learned(_token_ids(tokenizer, text_of(row, "text"))))
+        return _parsed(lambda row: [_all_learned(_token_ids(tokenizer, text_of(row, "text")))])
     if row_format == "prompt-response" and not tokenizer.chat_template:
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has neither a chat template nor an eos token to end a response with")
-        return _parsed(lambda row: _prompt_response(tokenizer, row, loss_on))
+        return _parsed(lambda row: [_prompt_response(tokenizer, row, loss_on)])
     to_ids = ConversationTokenizer(tokenizer, assistant_only=loss_on == "assistant")
-    return _parsed(lambda row: to_ids(conversation_of(row, row_format)))
+    return _parsed(lambda row: [to_ids(conversation_of(row, row_format))])
 
 
-def _parsed(encode: Callable[[dict[str, Any]], Ids]) -> Callable[[RawRow], Ids]:
-    def encode_raw(raw: RawRow) -> Ids:
-        row = parse_row(raw)
-        return encode(row) if row is not None else (np.empty(0, np.int32), np.empty(0, np.uint8))
+def _parsed(encode: Callable[[dict[str, Any]], list[Ids]]) -> Callable[[RawRow], list[Ids]]:
+    def encode_raw(raw: RawRow) -> list[Ids]:
+        with guarded():
+            row = parse_row(raw)
+            return encode(row) if row is not None else []
 
     return encode_raw
 
@@ -177,7 +189,7 @@ def prepare(
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    _encoder(tokenizer, options, source.columns)
+    encoder(tokenizer, options, source.columns)
     make_folder(folder)
     kept = _finished_parts(folder, source.num_rows, made_for)
     rows_done, samples_kept = sum(rows for rows, _ in kept.values()), sum(samples for _, samples in kept.values())
@@ -238,7 +250,7 @@ class _How:
 def _write_rows(rows: Rows, how: _How, path: Path) -> tuple[int, int]:
     """Write one part; (rows, samples) of it."""
     samples, dropped = prepare_rows(rows, how.tokenizer, how.options)
-    write_part(path, samples, PartInfo(rows.first, rows.first + len(rows), dropped, how.made_for))
+    write_part(path, samples, PartInfo(rows.first, rows.first + len(rows), dropped, how.made_for, dropped.bad_rows))
     return len(rows), len(samples)
 
 

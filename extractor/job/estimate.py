@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +13,13 @@ import numpy as np
 from cache_format.codecs import CODECS, BlockCodec, States, codec_named
 from cache_format.codecs.dtypes import torch_dtype
 from cache_format.errors import InputError
+from cache_format.layout.samples import BadRows, Dropped
 from cache_format.layout.shard_layout import ShardSchema, capture_tensors
 from extractor.config import DEFAULT_BATCH_TOKENS, ExtractOptions
 from extractor.data.dataset import open_source
 from extractor.data.prepare import prepare_rows
 from extractor.job.plan import Plan
+from extractor.job.report import bad_row_notes, dropped_note
 from extractor.target.layer_ids import chosen_layer_ids
 from extractor.target.load_target import TargetShape, load_config, load_tokenizer, resolve_device, resolve_dtype
 from extractor.terminal.progress import Reporter, size
@@ -39,6 +42,7 @@ class Estimate:
     loss_tokens: int
     dropped: dict[str, int]
     """reason -> rows, among those read"""
+    bad_rows: dict[str, BadRows]
     relative_error: float
     """95 % of the time the true number of tokens is within this fraction; 0 where exact"""
     target_layer_ids: list[int]
@@ -77,24 +81,27 @@ def estimate(options: ExtractOptions) -> Estimate:
 
     lengths: list[int] = []
     per_row: list[int] = []
-    dropped: dict[str, int] = {}
+    dropped = Dropped()
     loss_tokens = read = 0
     spans = _spans(source.num_rows)
     with Reporter("estimate", sum(stop - start for start, stop in spans), "rows") as reporter:
         for start, stop in spans:
-            samples, why = prepare_rows(source.read(start, stop), tokenizer, options.prepare)
+            some = source.read(start, stop)
+            samples, why = prepare_rows(some, tokenizer, options.prepare)
             lengths += [len(sample.input_ids) for sample in samples]
             loss_tokens += sum(int(sample.loss_mask.sum()) for sample in samples)
-            for reason, count in why.items():
-                dropped[reason] = dropped.get(reason, 0) + count
-            count = len(samples) + sum(why.values())
-            read += count
-            per_row += [len(sample.input_ids) for sample in samples] + [0] * sum(why.values())
+            dropped.add(why)
+            read += len(some)
+            tokens = Counter[int]()
+            for sample in samples:
+                tokens[sample.source_row] += len(sample.input_ids)
+            per_row += [*tokens.values(), *[0] * (len(some) - len(tokens))]
             reporter.update(read)
-            if count < stop - start:
+            if len(some) < stop - start:
                 break
     if not lengths:
-        raise InputError(f"{source.name}: none of the {read:,} rows read gives a sample; dropped: {dropped}")
+        why_none = "; ".join([dropped_note(dropped), *bad_row_notes(dropped.bad_rows)])
+        raise InputError(f"{source.name}: none of the {read:,} rows read gives a sample; dropped: {why_none}")
     rows = source.num_rows if source.num_rows is not None else (read if read < MAX_ROWS else None)
     scale = 1.0 if rows is None else rows / read
     schema = ShardSchema(
@@ -114,7 +121,8 @@ def estimate(options: ExtractOptions) -> Estimate:
         samples=round(len(lengths) * scale),
         tokens=round(sum(lengths) * scale),
         loss_tokens=round(loss_tokens * scale),
-        dropped=dropped,
+        dropped=dict(dropped),
+        bad_rows=dropped.bad_rows,
         relative_error=0.0 if exact else float(1.96 * np.std(per_row) / math.sqrt(read) / np.mean(per_row)),
         target_layer_ids=layer_ids,
         token_bytes=codec_bytes[options.codec] // max(round(sum(lengths) * scale), 1),
@@ -132,10 +140,10 @@ def describe(result: Estimate) -> str:
     """``result`` for a person."""
     about = "" if result.relative_error == 0 else f" (+- {100 * result.relative_error:.1f} %, 95 % of the time)"
     rows = f"{result.rows:,}" if result.rows is not None else "unknown (streamed)"
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(result.dropped.items()) if count)
     captures = f", {result.capture_bytes:,} B of them for --capture" if result.capture_bytes else ""
     lines = [
-        ("rows", f"{rows}; {result.rows_read:,} read, dropped of these: {dropped or 'none'}"),
+        ("rows", f"{rows}; {result.rows_read:,} read, dropped of these: {dropped_note(result.dropped)}"),
+        *(("bad rows", note) for note in bad_row_notes(result.bad_rows)),
         ("target_layer_ids", ", ".join(map(str, result.target_layer_ids))),
         ("samples", f"{result.samples:,}"),
         ("tokens", f"{result.tokens:,}{about}; {result.loss_tokens:,} learned"),

@@ -8,8 +8,10 @@ from typing import Any
 
 from cache_format.errors import InputError
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
+from cache_format.layout.samples import BadRows
 from cache_format.layout.shard_layout import finished_shards, shard_name
 from cache_format.storage.folder import open_folder
+from extractor.job.report import bad_row_notes, dropped_note
 from extractor.terminal.progress import size
 
 
@@ -52,10 +54,11 @@ def describe(summary: dict[str, Any]) -> str:
     ]
     if totals:
         stored = totals["samples"] - len(summary["quarantined"])
-        dropped = ", ".join(f"{count:,} {reason}" for reason, count in data["dropped"].items() if count)
+        bad_rows = {reason: BadRows(**found) for reason, found in data["bad_rows"].items()}
         lines += [
             ("data", f"{data['name']}, {data['rows']:,} rows"),
-            ("dropped rows", dropped or "none"),
+            ("dropped rows", dropped_note(data["dropped"])),
+            *(("bad rows", note) for note in bad_row_notes(bad_rows)),
             ("samples", f"{stored:,}"),
             ("tokens", f"{totals['tokens']:,} ({totals['loss_tokens']:,} learned)"),
             ("shards", f"{summary['finished_shards']:,} of {totals['shards']:,}"),

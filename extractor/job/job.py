@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -31,7 +31,7 @@ from extractor.job.folder_destination import FolderDestination
 from extractor.job.identity import inputs_identity, other_software, samples_identity, software
 from extractor.job.out_folder import require_space, shards_schema
 from extractor.job.plan import Plan
-from extractor.job.report import ExtractReport, progress_note
+from extractor.job.report import ExtractReport, bad_row_notes, dropped_note, progress_note
 from extractor.job.run_shards import RunStats, ShardRunner
 from extractor.job.timeline import Timeline
 from extractor.job.url_destination import UrlDestination
@@ -198,6 +198,7 @@ class Job:
             shards=manifest.totals.shards,
             quarantined=len(manifest.quarantined),
             dropped=manifest.data.dropped,
+            bad_rows=manifest.data.bad_rows,
             run=stats,
             complete=manifest.state == "complete",
         )
@@ -363,8 +364,8 @@ class Job:
             )
         samples = PreparedSamples(self.folder / "samples", parts)
         if not len(samples):
-            dropped = _listed(samples.dropped)
-            raise InputError(f"{self.source.name}: no sample is left to extract; dropped rows: {dropped}")
+            why = "; ".join([dropped_note(samples.dropped), *bad_row_notes(samples.dropped.bad_rows)])
+            raise InputError(f"{self.source.name}: no sample is left to extract; dropped rows: {why}")
         self.say_prepared(samples)
         return samples
 
@@ -372,7 +373,7 @@ class Job:
         """What became of the rows."""
         self.say(
             f"prepared {len(samples):,} samples, {int(samples.num_tokens.sum()):,} tokens from {samples.num_rows:,} "
-            f"rows; dropped: {_listed(samples.dropped)}"
+            f"rows; dropped: {dropped_note(samples.dropped)}"
         )
 
     def _planned(
@@ -398,7 +399,12 @@ class Job:
         return manifest.extracting(
             {**manifest.identity, **decided, "samples": samples.digest()},
             target=replace(manifest.target, tie_word_embeddings=tied, embed_scale=scale),
-            data=DataInfo(name=self.source.name, rows=samples.num_rows, dropped=dict(sorted(samples.dropped.items()))),
+            data=DataInfo(
+                name=self.source.name,
+                rows=samples.num_rows,
+                dropped=dict(sorted(samples.dropped.items())),
+                bad_rows=dict(sorted(samples.dropped.bad_rows.items())),
+            ),
             totals=totals,
             files=describe_files(self.folder, names),
         )
@@ -418,7 +424,3 @@ class Job:
             self.timeline.write(self.options.profile)
             say(f"{self.options.profile}: what each thread did when; open it at ui.perfetto.dev")
         return stats
-
-
-def _listed(dropped: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()) if count) or "none"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cache_format.layout.samples import BadRows
 from extractor.job.run_shards import RunStats
 from extractor.terminal.progress import compact
 
@@ -19,6 +21,7 @@ class ExtractReport:
     shards: int
     quarantined: int
     dropped: dict[str, int]
+    bad_rows: dict[str, BadRows]
     run: RunStats
     """of this run alone; zeros where nothing was left to do"""
     complete: bool = True
@@ -32,3 +35,14 @@ def progress_note(stats: RunStats) -> str:
         f"{compact(stats.samples)} samples, {compact(stats.tokens / seconds)} tok/s, "
         f"{stats.bytes / seconds / 1e9:.2f} GB/s"
     )
+
+
+def dropped_note(dropped: Mapping[str, int]) -> str:
+    """``3 bad_row, 12 too_long``."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()) if count) or "none"
+
+
+def bad_row_notes(bad_rows: Mapping[str, BadRows]) -> list[str]:
+    """A line for each class of bad rows, the most frequent first, with the place of its first row."""
+    ordered = sorted(bad_rows.items(), key=lambda item: (-item[1].rows, item[0]))
+    return [f"{found.rows:,} x {reason} (first: {found.first})" for reason, found in ordered]
