@@ -16,7 +16,7 @@ from cache_format.layout.captures import Captures
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Codec = Literal["raw", "zbits", "fp8"]
-RowFormat = Literal["messages", "conversations", "prompt-response", "input_ids", "text"]
+RowFormat = Literal["messages", "conversations", "prompt-response", "preference", "input_ids", "text"]
 LossOn = Literal["assistant", "all", "column"]
 TooLong = Literal["truncate", "drop"]
 OnBadRow = Literal["fail", "skip"]
@@ -24,6 +24,12 @@ OnNonfinite = Literal["fail", "quarantine"]
 Engine = Literal["local", "ray"]
 TpPlan = Literal["auto"]
 ExportLayout = Literal["specforge", "speculators", "modelopt", "deepspec", "nemo-dspark", "angelslim"]
+
+FIELDS = (
+    *("messages", "prompt", "input", "response", "calls", "chosen", "rejected", "history", "system", "tools"),
+    *("reasoning_content", "label", "documents", "chat_template_kwargs", "text", "input_ids", "loss_mask", "labels"),
+)
+"""What a row can hold for us, whatever the data calls it; --columns says so."""
 
 DEFAULT_BATCH_TOKENS = 8192
 
@@ -89,6 +95,8 @@ class PrepareOptions:
     """assistant, all or column; None: column for input_ids rows, else assistant"""
     row_format: str | None = None
     """None: told from the columns"""
+    columns: tuple[tuple[str, str], ...] = ()
+    """(field, column) of --columns: what the data calls what we look for"""
     on_bad_row: str = "fail"
     """fail, or skip: count it as dropped"""
     limit: int | None = None
@@ -158,6 +166,21 @@ def _require_choice(option: str, value: str, choices: Any) -> None:
     allowed = get_args(choices)
     if value not in allowed:
         raise InputError(f"{option} {value!r}: choose one of {', '.join(allowed)}")
+
+
+def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:
+    """``prompt=instruction,response=output`` -> ``(("prompt", "instruction"), ("response", "output"))``.
+
+    Raises:
+        InputError: something else, or a field that no row has.
+    """
+    pairs = [] if text is None else [part.partition("=") for part in text.split(",")]
+    columns = {field.strip(): column.strip() for field, _, column in pairs}
+    if any(not column for column in columns.values()) or len(set(columns.values())) < len(pairs):
+        raise InputError(f"--columns {text}: write FIELD=COLUMN, each once, such as prompt=instruction,response=output")
+    if unknown := [field for field in columns if field not in FIELDS]:
+        raise InputError(f"--columns {unknown[0]}=...: no such field; choose among {', '.join(FIELDS)}")
+    return tuple(columns.items())
 
 
 def parse_captures(texts: Sequence[str]) -> Captures:

@@ -15,7 +15,6 @@ import pytest
 
 from cache_format.errors import InputError
 from extractor.config import DataOptions
-from extractor.data.conversation import conversation_of, detect_format, ids_of
 from extractor.data.dataset import BadRow, RowSource, open_source, parse_row
 
 ROWS: list[dict[str, Any]] = [{"text": f"row {i}", "number": i} for i in range(10)]
@@ -211,100 +210,3 @@ def test_what_cannot_be_read_is_refused_at_once(case: str, streaming: bool, tmp_
     path = build(tmp_path)
     with pytest.raises(InputError, match=message):
         source(path, streaming=streaming, **options)
-
-
-# -- rows -> conversations or ids -------------------------------------------------------------------------------------
-
-
-def test_the_format_is_told_from_the_columns() -> None:
-    assert detect_format(["id", "messages", "text"]) == "messages"
-    assert detect_format(["conversations"]) == "conversations"
-    assert detect_format(["prompt", "response", "text"]) == "prompt-response"
-    assert detect_format(["input_ids", "loss_mask", "text"]) == "input_ids"
-    assert detect_format(["text", "messages"], "text") == "text"
-    with pytest.raises(InputError, match="in the columns id, body"):
-        detect_format(["id", "body"])
-    with pytest.raises(InputError, match="--row-format messages needs the column messages; found: text"):
-        detect_format(["text"], "messages")
-
-
-USER = {"role": "user", "content": "Hi"}
-
-
-@pytest.mark.parametrize(
-    ("row", "row_format"),
-    [
-        ({"messages": [USER, {"role": "assistant", "content": "Yo", "tool_calls": None}], "tools": None}, "messages"),
-        ({"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "Yo"}]}]}, "messages"),
-        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}, "conversations"),
-        ({"conversations": [USER, {"role": "assistant", "content": "Yo"}]}, "conversations"),
-        ({"prompt": "Hi", "response": "Yo"}, "prompt-response"),
-    ],
-)
-def test_every_form_gives_the_same_conversation(row: dict[str, Any], row_format: str) -> None:
-    conversation = conversation_of(row, row_format)
-    assert conversation.messages == [USER, {"role": "assistant", "content": "Yo"}]
-    assert conversation.tools is None
-
-
-def test_tools_come_as_a_list_or_as_json_text() -> None:
-    tool = {"type": "function", "function": {"name": "add", "description": None}}
-    bare = [{"type": "function", "function": {"name": "add"}}]
-    for tools in ([tool], json.dumps([tool])):
-        assert conversation_of({"messages": [USER], "tools": tools}, "messages").tools == bare
-
-
-@pytest.mark.parametrize(
-    ("row", "problem"),
-    [
-        ({}, "'messages' is not a list"),
-        ({"messages": []}, "empty list"),
-        ({"messages": "Hi"}, "not a list"),
-        ({"messages": ["Hi"]}, "turn 1 is a str"),
-        ({"messages": [USER, {"role": "robot", "content": "x"}]}, "turn 2: 'role' is missing or not one of system"),
-        ({"messages": [{"content": "x"}]}, "turn 1: 'role' is missing"),
-        ({"messages": [{"from": "robot", "value": "x"}]}, "turn 1: 'from'"),
-        ({"messages": [{"role": ["user"], "content": "x"}]}, "turn 1: 'role'"),
-        ({"messages": [{"role": "user"}]}, "turn 1 has no content"),
-        ({"messages": [{"role": "user", "content": 5}]}, "content is not a text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "part of type 'image'"),
-        ({"messages": [{"role": "user", "content": ["x"]}]}, "only text parts"),
-        ({"messages": [USER], "tools": "{"}, "'tools' is a text but not JSON"),
-        ({"messages": [USER], "tools": {"a": 1}}, "'tools' is a dict"),
-    ],
-)
-def test_a_malformed_conversation_is_a_bad_row(row: dict[str, Any], problem: str) -> None:
-    with pytest.raises(BadRow, match=problem):
-        conversation_of(row, "messages")
-
-
-@pytest.mark.parametrize(
-    ("row", "problem"),
-    [
-        ({}, "'input_ids' is missing"),
-        ({"input_ids": "12"}, "'input_ids' is not a list of whole numbers"),
-        ({"input_ids": [1.5]}, "not a list of whole numbers"),
-        ({"input_ids": [[1], [2, 3]]}, "not a list of whole numbers"),
-        ({"input_ids": [None, 1]}, "not a list of whole numbers"),
-        ({"input_ids": [1 << 70]}, "not a list of whole numbers"),
-        ({"input_ids": [1, -1], "loss_mask": [0, 1]}, "token id -1 .* outside the tokenizer's 0..9"),
-        ({"input_ids": [1, 10], "loss_mask": [0, 1]}, "token id 10 .* outside"),
-        ({"input_ids": [1, 2], "loss_mask": [1]}, "'loss_mask' has 1 entries, 'input_ids' has 2"),
-        ({"input_ids": [1, 2], "loss_mask": [0, 2]}, "other than 0 and 1"),
-        ({"input_ids": [1, 2]}, "'labels' is missing"),
-        ({"input_ids": [1, 2], "labels": [2, -100]}, "must be unshifted"),
-        ({"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 0]}, "without padding"),
-    ],
-)
-def test_malformed_ids_are_a_bad_row(row: dict[str, Any], problem: str) -> None:
-    with pytest.raises(BadRow, match=problem):
-        ids_of(row, 10, "column")
-
-
-def test_ids_take_their_mask_from_a_column() -> None:
-    ids, mask = ids_of({"input_ids": [1, 2, 3], "labels": [-100, 2, -100]}, 10, "column")
-    assert (ids.tolist(), mask.tolist()) == ([1, 2, 3], [0, 1, 0])
-    ids, mask = ids_of({"input_ids": [1, 2, 3], "loss_mask": [True, False, True]}, 10, "column")
-    assert (str(ids.dtype), str(mask.dtype), mask.tolist()) == ("int32", "uint8", [1, 0, 1])
-    assert ids_of({"input_ids": [1, 2, 3]}, 10, "all")[1].tolist() == [1, 1, 1]
-    assert len(ids_of({"input_ids": [], "loss_mask": []}, 10, "column")[0]) == 0

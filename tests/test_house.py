@@ -16,7 +16,7 @@ import extractor
 from cache_format.codecs import CODECS
 from cache_format.export import LAYOUTS
 from extractor import config
-from extractor.data.conversation import COLUMNS
+from extractor.data.forms import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,7 +126,7 @@ def test_one_list_of_choices():
     """Help and options have them as types, so that they are refused before anything heavy is imported."""
     assert set(get_args(config.Codec)) == set(CODECS)
     assert set(get_args(config.ExportLayout)) == set(LAYOUTS)
-    assert get_args(config.RowFormat) == tuple(COLUMNS)
+    assert get_args(config.RowFormat) == tuple(FORMATS)
 
 
 def test_one_version():

@@ -140,7 +140,7 @@ def test_loss_on_column_is_for_input_ids(demo_jsonl: Path, tokenizer: Any) -> No
     [
         ('{"messages": [', "is not JSON"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "'role' is missing or not one of"),
-        ({"other": 1}, "'messages' is not a list"),
+        ({"other": 1}, "'messages' is missing"),
         (chat("half a pair: \ud800", "x"), "surrogate"),
         ({"messages": [{"role": "assistant", "content": "I first"}]}, "begins with the assistant"),
     ],

@@ -34,6 +34,7 @@ def extract_options(arguments: dict[str, Any]) -> ExtractOptions:
         TargetOptions,
         parse_batch_tokens,
         parse_captures,
+        parse_columns,
         parse_size,
     )
     from extractor.target.layer_ids import parse_layer_ids
@@ -52,7 +53,8 @@ def extract_options(arguments: dict[str, Any]) -> ExtractOptions:
         ),
         data=DataOptions(name=arguments["data"], **taken("split", "data_revision", "streaming")),
         prepare=PrepareOptions(
-            **taken("max_length", "too_long", "min_loss_tokens", "loss_on", "row_format", "on_bad_row", "limit")
+            columns=parse_columns(arguments.get("columns")),
+            **taken("max_length", "too_long", "min_loss_tokens", "loss_on", "row_format", "on_bad_row", "limit"),
         ),
         plan=PlanOptions(
             shard_bytes=parse_size(arguments["shard_size"]),

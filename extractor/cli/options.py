@@ -84,7 +84,17 @@ OnBadRow = Annotated[
 RowFormat = Annotated[
     config.RowFormat | None,
     typer.Option(
-        help="messages, conversations, prompt-response, text or input_ids. Default: told from the columns.",
+        help="messages, conversations, prompt-response, preference, text or input_ids. Default: told from the columns.",
+        rich_help_panel=_SAMPLES,
+        show_default=False,
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        help="What the data calls what a row holds, such as prompt=instruction,response=output,system=persona; the "
+        "rest is told from the names. Fields: messages, prompt, input, response, chosen, system, tools, text, "
+        "input_ids, ... (extractor/data/DATA.md).",
         rich_help_panel=_SAMPLES,
         show_default=False,
     ),

@@ -56,6 +56,10 @@ class BadRow(ValueError):
         self.reason = class_of(problem) if reason is None else reason
 
 
+class LeftOut(BadRow):
+    """A row that is fine but not to be learned from: it counts under ``reason`` and never stops a job."""
+
+
 def class_of(problem: str) -> str:
     """``turn 3: content part of type 'image_url'; only text`` -> ``content part of type ...; only text``."""
 

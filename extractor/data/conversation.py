@@ -1,59 +1,35 @@
-"""A row -> a conversation (messages) or ready token ids: which columns mean what, and what makes a row malformed."""
+"""A row -> a conversation: which turns it has, what is learned of them, and what else the template is to be given.
+
+Nothing that a row says is dropped in silence: it is used, or the row is bad, or it is left out for a named reason.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from cache_format.errors import InputError
-from extractor.data.dataset import BadRow
+from extractor.data.bad_row import BadRow, LeftOut
+from extractor.data.forms import MEDIA, Form
+from extractor.data.transcript import turns_of_transcript
+from extractor.data.turns import Message, Turn, calls_of, content_of, from_json, held_turns, kind_of, turns_of
 
 Row = Mapping[str, Any]
-Message = dict[str, Any]
 
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "prompt-response": ("prompt", "response"),
-    "input_ids": ("input_ids",),
-    "text": ("text",),
+_NOT_FOR_TEMPLATES = {
+    *("messages", "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt", "return_dict"),
+    *("continue_final_message", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
-"""Row format -> the columns that it needs. Looked for in this order."""
-
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
-_SHAREGPT_ROLES |= {"observation": "tool", **{role: role for role in ROLES}}
-
-
-def detect_format(columns: Sequence[str], row_format: str | None = None) -> str:
-    """The row format that fits ``columns``, or a check that the one asked for does.
-
-    Raises:
-        InputError: nothing fits; the message lists the columns found.
-    """
-    found = ", ".join(columns)
-    if row_format is not None:
-        missing = [c for c in COLUMNS[row_format] if c not in columns]
-        if missing:
-            raise InputError(f"--row-format {row_format} needs the column {' and '.join(missing)}; found: {found}")
-        return row_format
-    for name, needed in COLUMNS.items():
-        if all(c in columns for c in needed):
-            return name
-    forms = "; ".join(" + ".join(needed) for needed in COLUMNS.values())
-    raise InputError(f"no known row format in the columns {found}. Name the columns after one of: {forms}")
+"""What the one who renders decides, not a row's ``chat_template_kwargs``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Messages with string content, ready for a chat template."""
+    """Messages with text content, ready for a chat template."""
 
     messages: list[Message]
-    """``role``, ``content``, and what else the row has for the template (``tool_calls``, ``reasoning_content``)"""
+    """``role``, ``content``, and what else the row has for the template (``tool_calls``, ``reasoning_content``).
+    ``content`` may be None or missing beside ``tool_calls``, as it is in the row"""
     tools: list[Any] | None = None
     learn: tuple[bool, ...] | None = None
     """one a message; None: every assistant turn is learned. False: an assistant turn that the row says not to learn"""
@@ -61,20 +37,34 @@ class Conversation:
     """the row's own ``chat_template_kwargs`` and ``documents``, for the template"""
 
 
-def conversation_of(row: Row, row_format: str) -> Conversation:
-    """The conversation in a ``messages``, ``conversations`` or ``prompt-response`` row.
+def conversation_of(row: Row, form: Form) -> Conversation:
+    """The conversation in a row of messages, of prompt and response, or of preferences.
 
     Raises:
-        BadRow: it is malformed.
+        BadRow: it is malformed, or asks for what cannot be done.
+        LeftOut: it says itself that it is not to be learned.
     """
-    if row_format == "prompt-response":
-        pair = [("user", text_of(row, "prompt")), ("assistant", text_of(row, "response"))]
-        return Conversation(messages=[{"role": role, "content": text} for role, text in pair])
-    turns = row.get(row_format)
-    if not isinstance(turns, list) or not turns:
-        raise BadRow(f"{row_format!r} is not a list of turns" if turns != [] else f"{row_format!r} is an empty list")
-    messages = [_message(turn, number) for number, turn in enumerate(turns, 1)]
-    return Conversation(messages=messages, tools=_tools(row.get("tools")))
+    refuse_media(row)
+    _require_good(form.get(row, "label"))
+    if form.row_format in ("messages", "conversations"):
+        turns, holder = _context(row, form)
+        turns += _missing_answer(row, form, turns)
+    elif form.row_format == "preference":
+        turns, holder = _chosen(row, form)
+    else:
+        turns, holder = _context(row, form)
+        turns += _answer(row, form)
+    turns = _with_system(turns, form.get(row, "system"), _held(holder, "system"))
+    messages = [turn.message for turn in turns]
+    tools = form.get(row, "tools") or _held(holder, "tools")
+    if not tools:
+        tools = _as_tools(form.get(row, "functions") or _held(holder, "functions"))
+    return Conversation(
+        messages=messages,
+        tools=_tools(tools),
+        learn=tuple(turn.learn is not False for turn in turns) if any(t.learn is False for t in turns) else None,
+        template_kwargs=_template_kwargs(form.get(row, "chat_template_kwargs"), form.get(row, "documents")),
+    )
 
 
 def text_of(row: Row, column: str) -> str:
@@ -83,9 +73,10 @@ def text_of(row: Row, column: str) -> str:
     Raises:
         BadRow: there is none.
     """
+    refuse_media(row)
     text = row.get(column)
     if not isinstance(text, str):
-        raise BadRow(f"{column!r} is {_kind(text)}, not a text")
+        raise BadRow(f"{column!r} is {kind_of(text)}, not a text")
     return check_text(text)
 
 
@@ -102,101 +93,196 @@ def check_text(text: str) -> str:
     return text
 
 
-def _message(turn: Any, number: int) -> Message:
-    if not isinstance(turn, Mapping):
-        raise BadRow(f"turn {number} is {_kind(turn)}, not an object")
-    turn = _without_nulls(turn)
-    if "from" in turn and "role" not in turn:
-        role, content = _SHAREGPT_ROLES.get(str(turn.pop("from"))), turn.pop("value", None)
-        shown = "from"
+def refuse_media(row: Row) -> None:
+    """Raise BadRow where a row has images, videos or sounds: a text target does not see them."""
+    for column in MEDIA:
+        value = row.get(column)
+        if value is not None and (not hasattr(value, "__len__") or len(value)):
+            raise BadRow(f"{column!r} is not empty; only text can be used")
+
+
+# -- the turns --------------------------------------------------------------------------------------------------------
+
+
+def _context(row: Row, form: Form) -> tuple[list[Turn], Row]:
+    """The turns before the answer (of messages: all of them), and the object that holds them, if one does."""
+    name = "messages" if "messages" in form.columns else "prompt"
+    column, value = form.column(name), form.get(row, name)
+    holder = value if isinstance(value, Mapping) and held_turns(value) else {}
+    if value is None:
+        raise BadRow(f"{column!r} is missing" if column not in row else f"{column!r} is null")
+    if name == "prompt" and isinstance(value, str) and turns_of_transcript(value) is None:
+        turns = [_said("user", _whole_prompt(value, row, form))]
     else:
-        role, content = turn.pop("role", None), turn.pop("content", None)
-        shown = "role"
-    if role not in ROLES:
-        raise BadRow(f"turn {number}: {shown!r} is missing or not one of {', '.join(ROLES)}")
-    if content is None and turn.get("tool_calls"):
-        content = ""
-    return {**turn, "role": role, "content": _content(content, number)}
+        turns = turns_of(value, column)
+    return [*_history(form.get(row, "history")), *turns], holder
 
 
-def _content(content: Any, number: int) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise BadRow(f"turn {number} has no content" if content is None else f"turn {number}: content is not a text")
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        text = part.get("text") if kind == "text" else None
-        if not isinstance(text, str):
-            raise BadRow(f"turn {number}: content part of type {kind!r}; only text parts can be used")
-        texts.append(text)
-    return "".join(texts)
+def _whole_prompt(prompt: str, row: Row, form: Form) -> str:
+    """The prompt and its second part, as LLaMA-Factory and Axolotl join them."""
+    part = form.get(row, "input")
+    if part is None or part == "":
+        return prompt
+    if not isinstance(part, str):
+        raise BadRow(f"{form.column('input')!r} is {kind_of(part)}, not a text")
+    return f"{prompt}\n{part}" if prompt else part
+
+
+def _history(history: Any) -> list[Turn]:
+    if not history:
+        return []
+    if not isinstance(history, list):
+        raise BadRow(f"'history' is {kind_of(history)}, not a list of turns")
+    return turns_of(history, "history")
+
+
+def _answer(row: Row, form: Form) -> list[Turn]:
+    if "calls" in form.columns:
+        calls = calls_of(form.get(row, "calls"), 2)
+        return [Turn({"role": "assistant", "content": "", "tool_calls": calls})]
+    return _answer_turns(form.get(row, "response"), form.column("response"), form.get(row, "reasoning_content"))
+
+
+def _answer_turns(value: Any, column: str, reasoning: Any = None) -> list[Turn]:
+    """The turns of an answer: a text, one turn or several, or a completion as an API returns it."""
+    if isinstance(value, Mapping):
+        value = _completion(value, column)
+    if isinstance(value, str):
+        turn = _said("assistant", value)
+        return [Turn({**turn.message, "reasoning_content": reasoning})] if reasoning else [turn]
+    turns = turns_of(value, column) if isinstance(value, list | Mapping) else []
+    if not turns or (isinstance(value, list) and all(isinstance(turn, str) for turn in value)):
+        raise BadRow(f"{column!r} is {kind_of(value)}, not a text")
+    return turns
+
+
+def _completion(value: Mapping[str, Any], column: str) -> Any:
+    """What an API's response says, where ``value`` is one; else ``value``."""
+    status = value.get("status_code", 200)
+    body = value["body"] if isinstance(value.get("body"), Mapping) else value
+    if "choices" not in body and status == 200 and not body.get("error"):
+        return value
+    choices = body.get("choices")
+    if status != 200 or not isinstance(choices, list) or not choices:
+        raise BadRow(f"{column!r} is a response without an answer (status {status})")
+    if len(choices) > 1:
+        raise BadRow(f"{column!r} has {len(choices)} choices; keep the one to learn")
+    choice = choices[0] if isinstance(choices[0], Mapping) else {}
+    return choice.get("message", choice.get("text"))
+
+
+def _missing_answer(row: Row, form: Form, turns: list[Turn]) -> list[Turn]:
+    """The answer in a column of its own, to messages that end with somebody else."""
+    if turns[-1].message["role"] == "assistant":
+        return []
+    taken = form.columns.values()
+    names = ["response", "completion", "choices"]
+    column = next((name for name in names if row.get(name) is not None and name not in taken), None)
+    if "response" in form.columns:
+        column = form.columns["response"]
+    if column is None or row.get(column) is None:
+        return []
+    return _answer_turns({"choices": row[column]} if column == "choices" else row[column], column)
+
+
+def _chosen(row: Row, form: Form) -> tuple[list[Turn], Row]:
+    """The better side of a preference row: a whole conversation, or the answer to its prompt."""
+    column, value = form.column("chosen"), form.get(row, "chosen")
+    known = "messages" in form.columns or "prompt" in form.columns
+    context, holder = _context(row, form) if known else ([], {})
+    whole = isinstance(value, str) and turns_of_transcript(value) is not None
+    chosen = turns_of(value, column) if whole else _answer_turns(value, column, form.get(row, "reasoning_content"))
+    if chosen[0].message["role"] == "assistant":
+        if not context:
+            raise BadRow(f"{column!r} is an answer, and the row has no prompt")
+        if context[-1].message["role"] == "assistant":
+            raise BadRow(f"{column!r} is an answer, but {form.column('messages')!r} already ends with one")
+        return [*context, *chosen], holder
+    said = {_spoken(turn) for turn in chosen}
+    if context and not {_spoken(turn) for turn in context if turn.message["role"] == "user"} <= said:
+        raise BadRow(f"{column!r} is a conversation, but not the one of the row's prompt")
+    return chosen, holder
+
+
+def _spoken(turn: Turn) -> tuple[str, str]:
+    return turn.message["role"], str(turn.message.get("content")).strip()
+
+
+def _said(role: str, text: str) -> Turn:
+    return Turn({"role": role, "content": text})
+
+
+# -- what stands beside them ------------------------------------------------------------------------------------------
+
+
+def _held(holder: Row, name: str) -> Any:
+    """A field of the object that holds the turns."""
+    return Form(row_format="messages").get(holder, name)
+
+
+def _with_system(turns: list[Turn], *systems: Any) -> list[Turn]:
+    """``turns`` after the system text that stands in columns of its own."""
+    for system in systems:
+        text = _system_text(system)
+        if not text.strip():
+            continue
+        first = turns[0].message
+        if first["role"] not in ("system", "developer"):
+            turns = [_said("system", text), *turns]
+        elif str(first.get("content")).strip() != text.strip():
+            raise BadRow("the row has a system turn and another text in a column for it")
+    return turns
+
+
+def _system_text(system: Any) -> str:
+    if isinstance(system, Mapping):
+        system = system.get("parts", system.get("content"))
+    if system is None:
+        return ""
+    if not isinstance(system, str | list):
+        raise BadRow(f"'system' is {kind_of(system)}, not a text")
+    text = content_of(system, 0) if system else ""
+    return text.removeprefix("SYSTEM:").strip() if text.startswith("SYSTEM:") else text
+
+
+def _require_good(label: Any) -> None:
+    """Raise LeftOut where the row is labelled as one not to learn from (KTO)."""
+    if isinstance(label, bool | int) and label == 0:
+        raise LeftOut("'label' is false", "rejected")
 
 
 def _tools(tools: Any) -> list[Any] | None:
     if isinstance(tools, str) and tools.strip():
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise BadRow(f"'tools' is a text but not JSON: {error}") from error
+        tools = from_json(tools, "'tools'")
     if not tools:
         return None
     if not isinstance(tools, list):
-        raise BadRow(f"'tools' is {_kind(tools)}, not a list")
-    return [_without_nulls(tool) for tool in tools]
+        raise BadRow(f"'tools' is {kind_of(tools)}, not a list")
+    tools = [from_json(tool, "'tools'") if isinstance(tool, str) else tool for tool in tools]
+    if not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRow("'tools' holds something that is not an object")
+    return tools
 
 
-def _without_nulls(value: Any) -> Any:
-    """Tables fill the keys that a row lacks with null; templates take the key for present."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(v) for key, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+def _as_tools(functions: Any) -> list[Any] | None:
+    """What the form before tools had, as tools."""
+    if isinstance(functions, str) and functions.strip():
+        functions = from_json(functions, "'functions'")
+    if functions and not isinstance(functions, list):
+        raise BadRow(f"'functions' is {kind_of(functions)}, not a list")
+    return [{"type": "function", "function": function} for function in functions or ()]
 
 
-def ids_of(row: Row, vocab_size: int, loss_on: str) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids (int32 ``[T]``) and loss mask (uint8 ``[T]``) of a pre-tokenised row.
-
-    ``loss_on="column"`` takes ``loss_mask``, or else ``labels``: unshifted, -100 where nothing is learned.
-    ``"all"`` learns every token.
-
-    Raises:
-        BadRow: it is malformed.
-    """
-    ids = _integers(row, "input_ids")
-    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-        wrong = int(ids.min() if ids.min() < 0 else ids.max())
-        raise BadRow(f"token id {wrong} in 'input_ids' is outside the tokenizer's 0..{vocab_size - 1}")
-    if row.get("attention_mask") is not None and not _integers(row, "attention_mask", len(ids)).all():
-        raise BadRow("'attention_mask' has zeros: store the row without padding")
-    if loss_on == "all":
-        return ids.astype(np.int32), np.ones(len(ids), np.uint8)
-    if row.get("loss_mask") is not None:
-        mask = _integers(row, "loss_mask", len(ids))
-        if not np.isin(mask, (0, 1)).all():
-            raise BadRow("'loss_mask' holds something other than 0 and 1")
-        return ids.astype(np.int32), mask.astype(np.uint8)
-    labels = _integers(row, "labels", len(ids))
-    learned = labels != -100
-    if (labels[learned] != ids[learned]).any():
-        raise BadRow("'labels' differ from 'input_ids' where they are not -100; they must be unshifted")
-    return ids.astype(np.int32), learned.astype(np.uint8)
-
-
-def _integers(row: Row, column: str, length: int | None = None) -> np.ndarray:
-    values = row.get(column)
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        array = np.asarray(None)
-    if array.ndim == 1 and array.size == 0:
-        array = array.astype(np.int64)
-    if not isinstance(values, list) or array.ndim != 1 or array.dtype.kind not in "iub":
-        raise BadRow(f"{column!r} is not a list of whole numbers" if values is not None else f"{column!r} is missing")
-    if length is not None and len(array) != length:
-        raise BadRow(f"{column!r} has {len(array)} entries, 'input_ids' has {length}")
-    return array.astype(np.int64)
-
-
-def _kind(value: Any) -> str:
-    return "missing" if value is None else f"a {type(value).__name__}"
+def _template_kwargs(kwargs: Any, documents: Any) -> dict[str, Any]:
+    kwargs = from_json(kwargs, "'chat_template_kwargs'") if isinstance(kwargs, str) and kwargs.strip() else kwargs
+    if kwargs and not isinstance(kwargs, Mapping):
+        raise BadRow(f"'chat_template_kwargs' is {kind_of(kwargs)}, not an object")
+    found = dict(kwargs or {})
+    if taken := sorted(found.keys() & _NOT_FOR_TEMPLATES):
+        raise BadRow(f"'chat_template_kwargs' sets {taken[0]!r}, which is not for a row to say")
+    if documents:
+        documents = from_json(documents, "'documents'") if isinstance(documents, str) else documents
+        if not isinstance(documents, list):
+            raise BadRow(f"'documents' is {kind_of(documents)}, not a list")
+        found["documents"] = documents
+    return found

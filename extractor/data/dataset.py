@@ -11,7 +11,7 @@ import glob
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, count, islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from huggingface_hub import HfApi
 
 from cache_format.errors import DFlashCacheError, InputError, StorageError
 from extractor.config import DataOptions
+from extractor.data.arrow_rows import rows_of
 from extractor.data.bad_row import BadRow
 
 RawRow = bytes | dict[str, Any]
@@ -70,13 +71,18 @@ class _Part:
     lines: bool
     """rows are unparsed lines of JSON"""
 
-    def raw(self, row: Mapping[str, Any]) -> RawRow:
-        return row["text"].encode("latin-1") if self.lines else dict(row)
-
     def read(self, start: int, stop: int) -> list[RawRow]:
-        columns = self.data[start:stop]
-        names = list(columns)
-        return [self.raw(dict(zip(names, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+        if self.lines:
+            return [line.encode("latin-1") for line in self.data[start:stop]["text"]]
+        return [*rows_of(self.data.with_format("arrow")[start:stop])]
+
+    def __iter__(self) -> Iterator[RawRow]:
+        """The rows as they come. Tables, not decoded rows: nothing opens an image that a row happens to hold."""
+        if self.lines:
+            yield from (row["text"].encode("latin-1") for row in self.data)
+        else:
+            for table in self.data.with_format("arrow").iter(_ROWS_FOR_COLUMNS):
+                yield from rows_of(table)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +181,7 @@ class RowSource:
         self._places, at = [], 0
         for part in self._parts:
             self._places.append((at, part.label))
-            rows = iter(part.data)
+            rows = iter(part)
             while True:
                 try:
                     row = next(rows, None)
@@ -187,7 +193,7 @@ class RowSource:
                 if row is None:
                     break
                 at += 1
-                yield part.raw(row)
+                yield row
 
 
 def _columns(name: str, head: Rows) -> tuple[str, ...]:
@@ -299,7 +305,7 @@ def _open_saved(path: Path, split: str | None, limit: int | None) -> RowSource:
     hasher = xxhash.xxh3_128()
     for file in sorted(f for f in folder.iterdir() if f.is_file()):
         hasher.update(json.dumps([file.name, file.stat().st_size, _hash_file(file)]).encode())
-    parts = [_Part(folder.name, data.with_format(None), False)]
+    parts = [_Part(folder.name, data, False)]
     return RowSource(str(path), hasher.hexdigest(), parts, False, limit)
 
 

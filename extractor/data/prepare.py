@@ -28,10 +28,12 @@ from cache_format.errors import CacheError, DFlashCacheError, InputError
 from cache_format.layout.samples import Dropped, PartInfo, Sample, part_path, read_part, write_part
 from cache_format.storage.commit import make_folder
 from extractor.config import PrepareOptions
-from extractor.data.bad_row import BadRow, guarded
-from extractor.data.conversation import conversation_of, detect_format, ids_of, text_of
+from extractor.data.bad_row import BadRow, LeftOut, guarded
+from extractor.data.conversation import Conversation, check_text, conversation_of, text_of
 from extractor.data.dataset import RawRow, Rows, RowSource, parse_row
+from extractor.data.forms import FORMATS, Form, form_of, named_for
 from extractor.data.loss_mask import ConversationTokenizer
+from extractor.data.token_row import ids_of
 
 ROWS_PER_PART = 4096
 ROWS_WORTH_A_PROCESS = 4 * ROWS_PER_PART
@@ -44,8 +46,8 @@ Ids = tuple[np.ndarray, np.ndarray]
 def prepare_rows(rows: Rows, tokenizer: Any, options: PrepareOptions) -> tuple[list[Sample], Dropped]:
     """Samples of ``rows`` in their order, and how many rows were dropped for which reason.
 
-    The reasons are ``empty``, ``too_long``, ``too_few_loss_tokens`` and ``bad_row``; bad rows are counted by what is
-    wrong with them, too. Every row gives a sample or counts as dropped. Deterministic.
+    The reasons are ``empty``, ``too_long``, ``too_few_loss_tokens``, ``bad_row`` and those of LeftOut; bad rows are
+    counted by what is wrong with them, too. Every row gives a sample or counts as dropped. Deterministic.
 
     Raises:
         InputError: options, columns and tokenizer do not fit, or (``on_bad_row="fail"``) a bad row, by file and row.
@@ -56,6 +58,9 @@ def prepare_rows(rows: Rows, tokenizer: Any, options: PrepareOptions) -> tuple[l
     for number, raw in enumerate(rows.raw, rows.first):
         try:
             encoded = encode(raw)
+        except LeftOut as why:
+            dropped[why.reason] += 1
+            continue
         except BadRow as problem:
             if options.on_bad_row == "fail":
                 raise InputError(
@@ -93,18 +98,18 @@ def encoder(tokenizer: Any, options: PrepareOptions, columns: tuple[str, ...]) -
     Raises:
         InputError: options, columns and tokenizer do not fit.
     """
-    row_format = detect_format(columns, options.row_format)
-    loss_on = _loss_on(row_format, options.loss_on, columns)
-    if row_format == "input_ids":
-        return _parsed(lambda row: [ids_of(row, len(tokenizer), loss_on)])
-    if row_format == "text":
-        return _parsed(lambda row: [_all_learned(_token_ids(tokenizer, text_of(row, "text")))])
-    if row_format == "prompt-response" and not tokenizer.chat_template:
+    form = form_of(columns, options.row_format, named_for(columns, dict(options.columns)))
+    loss_on = _loss_on(form, options.loss_on, columns)
+    if form.row_format == "input_ids":
+        return _parsed(lambda row: [ids_of(form.renamed(row), len(tokenizer), loss_on, tokenizer.pad_token_id)])
+    if form.row_format == "text":
+        return _parsed(lambda row: [_all_learned(_token_ids(tokenizer, text_of(row, form.column("text"))))])
+    if "response" in FORMATS[form.row_format] and not tokenizer.chat_template:
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has neither a chat template nor an eos token to end a response with")
-        return _parsed(lambda row: [_prompt_response(tokenizer, row, loss_on)])
+        return _parsed(lambda row: [_prompt_response(tokenizer, conversation_of(row, form), loss_on)])
     to_ids = ConversationTokenizer(tokenizer, assistant_only=loss_on == "assistant")
-    return _parsed(lambda row: [to_ids(conversation_of(row, row_format))])
+    return _parsed(lambda row: [to_ids(conversation_of(row, form))])
 
 
 def _parsed(encode: Callable[[dict[str, Any]], list[Ids]]) -> Callable[[RawRow], list[Ids]]:
@@ -116,25 +121,29 @@ def _parsed(encode: Callable[[dict[str, Any]], list[Ids]]) -> Callable[[RawRow],
     return encode_raw
 
 
-def _loss_on(row_format: str, loss_on: str | None, columns: tuple[str, ...]) -> str:
-    """What is learned of rows of this format.
+def _loss_on(form: Form, loss_on: str | None, columns: tuple[str, ...]) -> str:
+    """What is learned of rows of this form.
 
     Raises:
         InputError: the format does not have what ``loss_on`` asks for.
     """
-    if row_format == "input_ids":
+    if form.row_format == "input_ids":
         chosen = loss_on or "column"
         if chosen == "assistant":
             raise InputError("--loss-on assistant: rows of input_ids do not say which tokens are the assistant's")
-        if chosen == "column" and not {"loss_mask", "labels"} & set(columns):
+        if chosen == "column" and not {"loss_mask", "labels"} & {*columns, *form.columns}:
             raise InputError(
                 f"rows of input_ids need a column loss_mask or labels, or --loss-on all; found: {', '.join(columns)}"
             )
         return chosen
     if loss_on == "column":
-        raise InputError(f"--loss-on column is for rows of input_ids, not for {row_format} rows")
-    if row_format == "text" and loss_on != "all":
-        raise InputError("rows of text do not say which tokens are the assistant's: use --loss-on all")
+        raise InputError(f"--loss-on column is for rows of input_ids, not for {form.row_format} rows")
+    if form.row_format == "text" and loss_on != "all":
+        raise InputError(
+            f"rows of text (the column {form.column('text')}) do not say which tokens are the assistant's: use "
+            "--loss-on all, or say what the columns are, such as --columns prompt=COLUMN,response=COLUMN; "
+            f"found: {', '.join(columns)}"
+        )
     return loss_on or "assistant"
 
 
@@ -146,10 +155,13 @@ def _all_learned(ids: np.ndarray) -> Ids:
     return ids, np.ones(len(ids), np.uint8)
 
 
-def _prompt_response(tokenizer: Any, row: dict[str, Any], loss_on: str) -> Ids:
+def _prompt_response(tokenizer: Any, conversation: Conversation, loss_on: str) -> Ids:
     """Prompt, response and eos one after the other, for a tokenizer without chat template."""
-    prompt = _token_ids(tokenizer, text_of(row, "prompt"))
-    response = _token_ids(tokenizer, text_of(row, "response"), special=False)
+    messages = conversation.messages
+    if [message["role"] for message in messages] != ["user", "assistant"] or conversation.tools:
+        raise BadRow("is more than a prompt and a response, and the tokenizer has no chat template to write it with")
+    prompt = _token_ids(tokenizer, check_text(messages[0]["content"]))
+    response = _token_ids(tokenizer, check_text(messages[1]["content"]), special=False)
     ids = np.concatenate([prompt, response, [tokenizer.eos_token_id]]).astype(np.int32)
     mask = np.ones(len(ids), np.uint8)
     if loss_on == "assistant":

@@ -37,7 +37,7 @@ def inputs_identity(
         "codec": codec_named(options.codec).to_dict(),
         "capture": options.capture.to_dict(),
         "data.digest": data_digest,
-        **asdict(options.prepare),
+        **_prepare_identity(options),
         "on_nonfinite": options.on_nonfinite,
         "compile": options.target.compile,
         "deterministic": options.target.deterministic,
@@ -59,6 +59,13 @@ def samples_identity(identity: Mapping[str, Any]) -> str:
     account to them. ``identity``: of :func:`inputs_identity`."""
     decides = {k: v for k, v in identity.items() if k not in _OF_THE_STATES_ALONE and not k.startswith("target.")}
     return fingerprint(decides)
+
+
+def _prepare_identity(options: ExtractOptions) -> dict[str, Any]:
+    """Left out where not given, so that caches from before the option resume: ``columns``."""
+    fields = asdict(options.prepare)
+    columns = fields.pop("columns")
+    return {**fields, **({"columns": dict(columns)} if columns else {})}
 
 
 def software() -> dict[str, str]:
