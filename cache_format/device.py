@@ -9,6 +9,7 @@ Streams and events are those of torch: ``record_event``, ``wait_event``, ``wait_
 
 from __future__ import annotations
 
+import platform
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -60,6 +61,17 @@ def name(device: torch.device) -> str:
     """What the device is called, such as ``NVIDIA H100 80GB HBM3``."""
     of_module = getattr(_module(device), "get_device_name", None)
     return device.type if of_module is None else str(of_module(device))
+
+
+def hardware(device: torch.device) -> dict[str, str]:
+    """What rounding may depend on, by name: the device, its capability, the libraries that torch computes with."""
+    found = {"device": name(device) if has_streams(device) else platform.machine()}
+    found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    capability = getattr(_module(device), "get_device_capability", None) if has_streams(device) else None
+    if capability is not None:
+        found["device_capability"] = ".".join(map(str, capability(device)))
+        found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    return found
 
 
 def select(device: torch.device) -> None:

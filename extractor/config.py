@@ -50,6 +50,8 @@ class TargetOptions:
     attn_implementation: str | None = None
     """None: what transformers picks for the model (sdpa where it can)"""
     trust_remote_code: bool = False
+    adapter: Path | None = None
+    """folder of a LoRA adapter that is put beside the target's weights (peft)"""
     device_map: str | None = None
     """auto: a target too large for one device is divided over several, layer by layer (accelerate)"""
     tp_plan: str | None = None
@@ -68,6 +70,8 @@ class TargetOptions:
             raise InputError(f"--tp-plan {self.tp_plan!r}: the only plan is auto, transformers' own")
         if self.tp_plan and self.device_map:
             raise InputError("--tp-plan and --device-map both divide the target; give one of them")
+        if self.tp_plan and self.adapter is not None:
+            raise InputError("--tp-plan divides no adapter; save the target with it merged in, and leave out --adapter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +154,8 @@ class ExtractOptions:
     """fail, or quarantine: leave samples with NaN or Inf out and list them"""
     url: str | None = None
     """where the cache goes, if not to a folder; ``out`` is then the scratch folder, see writing/upload.py"""
+    strict_hardware: bool = False
+    """refuse to go on with a cache that was begun with other hardware or software"""
     profile: Path | None = None
     """where to write a Chrome trace of the run"""
 

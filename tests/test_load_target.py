@@ -24,10 +24,9 @@ from extractor.target.load_target import (
     load_tokenizer,
     resolve_device,
     resolve_dtype,
-    target_identity,
-    tokenizer_identity,
 )
 from extractor.target.target_files import write_target_files
+from extractor.target.target_identity import identify_target, tokenizer_identity
 
 CPU = torch.device("cpu")
 
@@ -71,12 +70,12 @@ def test_errors_say_what_to_do(tmp_path, tiny_target):
     bare = shutil.copytree(tiny_target, tmp_path / "bare")
     (bare / "model.safetensors").unlink()
     with pytest.raises(InputError, match="no weights"):
-        target_identity(str(bare), None, load_config(str(bare), None, False))
+        identify_target(str(bare), None, load_config(str(bare), None, False))
 
 
 def test_the_identity_follows_content_not_place(tiny_target, tmp_path):
     def identity(folder) -> dict[str, str]:
-        return target_identity(str(folder), None, load_config(str(folder), None, False))
+        return identify_target(str(folder), None, load_config(str(folder), None, False)).fields
 
     moved = shutil.copytree(tiny_target, tmp_path / "moved")
     assert identity(moved) == identity(tiny_target)
@@ -93,7 +92,7 @@ def test_the_identity_follows_content_not_place(tiny_target, tmp_path):
 
 def test_the_tokenizer_identity_is_the_same_in_every_process(tiny_target):
     code = (
-        "import sys; from extractor.target.load_target import *; "
+        "import sys; from extractor.target.load_target import *; from extractor.target.target_identity import *; "
         "print(sorted(tokenizer_identity(load_tokenizer(sys.argv[1], None, False)).items()))"
     )
     outputs = {

@@ -117,6 +117,11 @@ def one_token_more(target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
+def special_tokens_split(target: Path) -> None:
+    config = json.loads((target / "tokenizer_config.json").read_text())
+    (target / "tokenizer_config.json").write_text(json.dumps({**config, "split_special_tokens": True}))
+
+
 def template_with_one_space_more(target: Path) -> None:
     path = target / "chat_template.jinja"
     path.write_text(path.read_text().replace("'\\n' + message['content']", "'\\n ' + message['content']"))
@@ -162,6 +167,9 @@ CASES = {
     "another codec": Case("codec", stored={"name": "raw", "level": 2}),
     "another plan": Case("plan", stored=0),
     "padding found otherwise": Case("padding", stored="another"),
+    "a checkpoint dequantised": Case("parameters", stored="bfloat16 9"),
+    "another kernel for experts": Case("experts_implementation", stored="another"),
+    "how a tokenizer splits": Case("tokenizer", target=special_tokens_split),
     "a field of a later version": Case("rope_override", stored="yarn"),
 }
 

@@ -24,15 +24,32 @@ HEAD_BIAS = "lm_head.bias"
 
 
 class ScaledEmbedding(nn.Embedding):
-    """An embedding whose output is multiplied by a constant in the weight's dtype, as Gemma's is."""
+    """An embedding whose output is multiplied by a constant: in the weight's dtype, as Gemma's is, and then another."""
 
-    def __init__(self, weight: Tensor, scale: float):
+    def __init__(self, weight: Tensor, scale: float, then: float):
         super().__init__(weight.shape[0], weight.shape[1], _weight=weight)
-        self.scale = scale
+        self.scale, self.then = scale, then
 
     def forward(self, input: Tensor) -> Tensor:
         """``[...]`` int64 -> ``[..., H]``."""
-        return super().forward(input) * torch.tensor(self.scale, dtype=self.weight.dtype, device=self.weight.device)
+        embedded = super().forward(input)
+        if self.scale != 1.0:
+            embedded = embedded * torch.tensor(self.scale, dtype=self.weight.dtype, device=self.weight.device)
+        return embedded if self.then == 1.0 else embedded * self.then
+
+
+class ScaledHead(nn.Linear):
+    """An LM head whose logits are multiplied by ``scale`` (Granite, Cohere) and then capped (Gemma 2)."""
+
+    scale: float
+    softcap: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., H]`` -> ``[..., V]``."""
+        logits = super().forward(input)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if not self.softcap else self.softcap * torch.tanh(logits / self.softcap)
 
 
 def write_embeddings(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -65,7 +82,8 @@ def _load(cache: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def load_input_embeddings(cache: Path, target: TargetInfo) -> nn.Embedding:
-    """The target's token embedding, frozen, on the CPU, in the dtype it was extracted with.
+    """The target's token embedding, frozen, on the CPU, in the dtype it was extracted with; it multiplies as the target
+    does before its first layer.
 
     Raises:
         CacheError: missing or not of the manifest's shape.
@@ -73,23 +91,32 @@ def load_input_embeddings(cache: Path, target: TargetInfo) -> nn.Embedding:
     weight = _load(cache, (EMBED,)).get(EMBED)
     _check_shape(cache, EMBED, weight, target)
     assert weight is not None
-    if target.embed_scale == 1.0:
+    if target.embed_scale == target.input_scale == 1.0:
         return nn.Embedding.from_pretrained(weight, freeze=True)
-    return ScaledEmbedding(weight, target.embed_scale).requires_grad_(False)
+    return ScaledEmbedding(weight, target.embed_scale, target.input_scale).requires_grad_(False)
 
 
 def load_output_embeddings(cache: Path, target: TargetInfo) -> nn.Linear:
-    """The target's LM head ``[V, H]``, frozen, on the CPU; from the input embedding where the two are tied.
+    """The target's LM head ``[V, H]``, frozen, on the CPU; from the input embedding where the two are tied. It gives
+    the target's logits, so it multiplies and caps as the target does.
 
     Raises:
-        CacheError: missing or not of the manifest's shape.
+        CacheError: missing or not of the manifest's shape, or the target's logits do not follow from it.
     """
+    if target.head_problem:
+        raise CacheError(
+            cache / EMBEDDINGS_NAME, f"holds no LM head that gives the target's logits: {target.head_problem}"
+        )
     name = EMBED if target.tie_word_embeddings else HEAD
     tensors = _load(cache, (name, HEAD_BIAS))
     _check_shape(cache, name, tensors.get(name), target)
     weight, bias = tensors[name], tensors.get(HEAD_BIAS)
     with torch.device("meta"):
-        head = nn.Linear(target.hidden_size, weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+        bare = target.logit_scale == 1.0 and not target.logit_softcap
+        kind = nn.Linear if bare else ScaledHead
+        head = kind(target.hidden_size, weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    if isinstance(head, ScaledHead):
+        head.scale, head.softcap = target.logit_scale, target.logit_softcap
     head.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         head.bias = nn.Parameter(bias, requires_grad=False)

@@ -9,7 +9,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ from cache_format.storage.paths import inside, open_for_reading
 MANIFEST_NAME = "manifest.json"
 STATES = ("preparing", "extracting", "complete")
 MAX_MANIFEST_BYTES = 64 << 20
-LATER_IDENTITY = ("samples", "padding", "attn_implementation")
+LATER_IDENTITY = ("samples", "padding", "attn_implementation", "experts_implementation", "parameters")
 """Identity fields that are found out while the samples are prepared and the target is loaded."""
 
 LATER: Mapping[str, Any] = {"later": True}
-"""Metadata of fields that caches of earlier versions of this package do not have; they then have their default."""
+"""Metadata of fields that caches of earlier versions of this package do not have. They then have their default, and are
+not written where they have it, so that such a manifest stays what it was to the byte."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,15 @@ class TargetInfo:
     tie_word_embeddings: bool
     """True where lm_head.weight is embed_tokens.weight, and stored once"""
     embed_scale: float = 1.0
-    """what the target multiplies an embedding by (Gemma: sqrt of hidden_size)"""
+    """what the target's embedding multiplies a row by, in the weight's dtype (Gemma: sqrt of hidden_size)"""
+    input_scale: float = field(default=1.0, metadata=LATER)
+    """what the target multiplies that by before its first layer (Granite: embedding_multiplier)"""
+    logit_scale: float = field(default=1.0, metadata=LATER)
+    """what the target multiplies by what its LM head gives (Cohere: logit_scale; Granite: 1 / logits_scaling)"""
+    logit_softcap: float = field(default=0.0, metadata=LATER)
+    """c of ``c * tanh(logits / c)``, which the target does last (Gemma 2); 0: nothing of the kind"""
+    head_problem: str = field(default="", metadata=LATER)
+    """why the target's logits do not follow from its LM head like this; "" where they do"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +173,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The file's bytes; a function of the content alone, with a checksum over it."""
-        content = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **asdict(self)}
+        content = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **_plain(self)}
         content["checksum"] = _checksum(content)
         return json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
 
@@ -236,6 +245,20 @@ def _canonical(value: Any) -> bytes:
 
 def _checksum(content: Mapping[str, Any]) -> str:
     return xxhash.xxh3_64(_canonical(content)).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """For JSON, in the order of the fields."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {f.name: _plain(item) for f in fields(value) if not _is_left_out(f, item := getattr(value, f.name))}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [*map(_plain, value)] if isinstance(value, list | tuple) else value
+
+
+def _is_left_out(of: Field[Any], value: Any) -> bool:
+    default = of.default if of.default_factory is MISSING else of.default_factory()
+    return "later" in of.metadata and bool(value == default)
 
 
 def _parse(content: Any) -> Manifest:

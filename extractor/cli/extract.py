@@ -12,6 +12,7 @@ import typer
 from cache_format.errors import InputError
 from extractor.cli.extract_options import extract_options
 from extractor.cli.options import (
+    Adapter,
     Address,
     Attention,
     BatchTokens,
@@ -44,6 +45,7 @@ from extractor.cli.options import (
     ShardSize,
     Split,
     Streaming,
+    StrictHardware,
     Target,
     TargetLayers,
     TooLong,
@@ -77,6 +79,8 @@ def extract(
     attn_implementation: Attention = None,
     compile: Compile = False,
     deterministic: Deterministic = False,
+    strict_hardware: StrictHardware = False,
+    adapter: Adapter = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     split: Split = None,

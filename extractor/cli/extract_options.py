@@ -49,7 +49,7 @@ def extract_options(arguments: dict[str, Any]) -> ExtractOptions:
             name=arguments["target"],
             target_layer_ids=None if layers is None else tuple(parse_layer_ids(layers)),
             **taken("num_draft_layers", "dtype", "device", "attn_implementation", "revision", "trust_remote_code"),
-            **taken("device_map", "tp_plan", "compile", "deterministic"),
+            **taken("device_map", "tp_plan", "compile", "deterministic", "adapter"),
         ),
         data=DataOptions(name=arguments["data"], **taken("split", "data_revision", "streaming")),
         prepare=PrepareOptions(
@@ -61,5 +61,5 @@ def extract_options(arguments: dict[str, Any]) -> ExtractOptions:
             batch_tokens=parse_batch_tokens(arguments["batch_tokens"]),
         ),
         capture=parse_captures(arguments["capture"]),
-        **taken("on_nonfinite", "profile", "codec"),
+        **taken("on_nonfinite", "profile", "codec", "strict_hardware"),
     )

@@ -58,6 +58,23 @@ Attention = Annotated[
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a hub target.", rich_help_panel=_TARGET, show_default=False)
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of a LoRA adapter to put beside the target's weights (pip install 'dflash-cache\\[adapter]').",
+        rich_help_panel=_TARGET,
+        show_default=False,
+    ),
+]
+StrictHardware = Annotated[
+    bool,
+    typer.Option(
+        "--strict-hardware",
+        help="Refuse to go on with a cache that was begun with other hardware or software, instead of a warning: "
+        "states are the same to the byte on the same kind of processor, device and packages only.",
+        rich_help_panel=_TARGET,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the target.", rich_help_panel=_TARGET)
 ]

@@ -11,7 +11,7 @@ import typer
 
 from cache_format.errors import InputError
 from extractor.cli.exit_codes import EXIT_FAILED, or_could_not_run
-from extractor.cli.options import Cache, Debug, Device, Json, TrustRemoteCode
+from extractor.cli.options import Adapter, Cache, Debug, Device, Json, TrustRemoteCode
 from extractor.cli.output import show
 from extractor.terminal.progress import Reporter, duration, say, size
 
@@ -38,6 +38,7 @@ def verify(
     target: Annotated[
         str | None, typer.Option(help="With --recompute: hub id or folder of the target.", show_default=False)
     ] = None,
+    adapter: Adapter = None,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -73,7 +74,9 @@ def verify(
         from extractor.target.recompute import recompute as run_recompute
 
         say(f"recompute: loading the target, then {recompute:,} forward passes of a sample each")
-        again = run_recompute(cache, target, recompute, device=device, trust_remote_code=trust_remote_code)
+        again = run_recompute(
+            cache, target, recompute, device=device, trust_remote_code=trust_remote_code, adapter=adapter
+        )
         report.problems += again.problems
     if as_json:
         extra = {} if again is None else {"recompute": asdict(again)}

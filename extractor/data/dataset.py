@@ -11,7 +11,7 @@ import glob
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, count, islice
 from pathlib import Path
@@ -22,6 +22,7 @@ import xxhash
 from huggingface_hub import HfApi
 
 from cache_format.errors import DFlashCacheError, InputError, StorageError
+from cache_format.storage.watched_file import WatchedFile
 from extractor.config import DataOptions
 from extractor.data.arrow_rows import rows_of
 from extractor.data.bad_row import BadRow
@@ -121,13 +122,21 @@ class RowSource:
     num_rows: int | None
     """at most the limit; None when streaming: unknown before the end"""
 
-    def __init__(self, name: str, digest: str, parts: list[_Part], streaming: bool, limit: int | None):
-        """``parts`` in order.
+    def __init__(
+        self,
+        name: str,
+        digest: str,
+        parts: list[_Part],
+        streaming: bool,
+        limit: int | None,
+        watched: Sequence[WatchedFile] = (),
+    ):
+        """``parts`` in order; ``watched``: the files that rows are read from while they are asked for.
 
         Raises:
             InputError: no rows, or none among the first that has columns.
         """
-        self.name, self.digest = name, digest
+        self.name, self.digest, self._watched = name, digest, watched
         self._parts, self._limit = parts, limit
         self._places = [(0, parts[0].label)]
         self._live: Iterator[RawRow] | None = None
@@ -144,11 +153,17 @@ class RowSource:
         """Rows ``start`` to ``stop`` (not included), fewer at the end. Streams are quick going forwards only.
 
         Raises:
-            StreamError: a stream broke off.
+            StreamError: a stream broke off, or its file is no longer the one that was digested.
         """
         if self._limit is not None:
             stop = min(stop, self._limit)
         raw = self._read_stream(start, stop) if self.num_rows is None else self._read_mapped(start, stop)
+        for file in self._watched:
+            if file.is_changed():
+                raise StreamError(
+                    f"{file.path} was changed while its rows were read, so they are not those that were identified; "
+                    "bring it back and run the same command again, finished parts are kept, or choose another --out"
+                )
         return Rows(first=start, raw=raw, columns=self.columns, places=tuple(self._places))
 
     def chunks(self, size: int, skip: Collection[int] = ()) -> Iterator[tuple[int, Rows]]:
@@ -241,10 +256,11 @@ def open_source(options: DataOptions, limit: int | None = None) -> RowSource:
 
 def _open_files(path: Path, streaming: bool, limit: int | None) -> RowSource:
     root, files = _data_files(path)
-    hasher, parts = xxhash.xxh3_128(), []
+    hasher, parts, watched = xxhash.xxh3_128(), [], []
     for file in files:
         label = file.relative_to(root).as_posix()
-        file_digest = _hash_file(file)
+        watched.append(WatchedFile(file, _hash_file))
+        file_digest = watched[-1].digest
         hasher.update(json.dumps([label, file.stat().st_size, file_digest]).encode())
         kind = KINDS[file.suffix]
         # latin-1 keeps every byte as it is: a line that is not UTF-8 is one bad row, not the end of the file.
@@ -261,8 +277,11 @@ def _open_files(path: Path, streaming: bool, limit: int | None) -> RowSource:
             )
         except Exception as error:
             raise _unreadable(str(file), error) from error
+        if watched[-1].is_changed():
+            raise InputError(f"{file}: was changed while it was read; let it be complete, then run the command again")
         parts.append(_Part(label, data, kind == "text"))
-    return RowSource(str(path), hasher.hexdigest(), parts, streaming, limit)
+    # Rows that are not streamed are in the cache folder of datasets by now.
+    return RowSource(str(path), hasher.hexdigest(), parts, streaming, limit, watched if streaming else ())
 
 
 def _data_files(path: Path) -> tuple[Path, list[Path]]:
@@ -302,11 +321,12 @@ def _open_saved(path: Path, split: str | None, limit: int | None) -> RowSource:
         data = datasets.load_from_disk(str(folder))
     except Exception as error:
         raise _unreadable(str(folder), error) from error
-    hasher = xxhash.xxh3_128()
+    hasher, watched = xxhash.xxh3_128(), []
     for file in sorted(f for f in folder.iterdir() if f.is_file()):
-        hasher.update(json.dumps([file.name, file.stat().st_size, _hash_file(file)]).encode())
+        watched.append(WatchedFile(file, _hash_file))
+        hasher.update(json.dumps([file.name, file.stat().st_size, watched[-1].digest]).encode())
     parts = [_Part(folder.name, data, False)]
-    return RowSource(str(path), hasher.hexdigest(), parts, False, limit)
+    return RowSource(str(path), hasher.hexdigest(), parts, False, limit, watched)
 
 
 def _open_hub(options: DataOptions, limit: int | None) -> RowSource:

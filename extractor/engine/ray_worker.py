@@ -67,7 +67,7 @@ class ShardWorker:
             job.require_room(manifest, plan, list(range(len(plan))))
         manifest, plan, backend = job.loaded(manifest, samples, plan)
         runner = job.runner(manifest, plan, samples, backend)
-        self._making = self._held.enter_context(runner.begin(list(range(len(plan)))))
+        self._making = self._held.enter_context(runner.begin(list(range(len(plan))), job.watched()))
         self._opened, self._done = time.monotonic(), RunStats()
 
     def _destination(self) -> Destination:

@@ -8,29 +8,40 @@ from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from cache_format.codecs import codec_named
-from cache_format.device import accelerators, name
+from cache_format.device import hardware
 from cache_format.layout.manifest import fingerprint
 from extractor.config import ExtractOptions
 from extractor.job.plan import PLAN_VERSION
-from extractor.target.load_target import target_identity, tokenizer_identity
+from extractor.target.target_identity import TargetIdentity, tokenizer_identity
 from extractor.target.tensor_parallel import world_size
 
 PACKAGES = ("dflash-cache", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "zstandard")
+KERNELS = (
+    *("accelerate", "triton", "kernels", "peft", "flash-attn", "flash-linear-attention", "causal-conv1d", "mamba-ssm"),
+    *("compressed-tensors", "bitsandbytes", "fbgemm-gpu", "numpy"),
+)
+"""What transformers computes with where it is installed."""
 
 
 def inputs_identity(
-    options: ExtractOptions, *, config: Any, tokenizer: Any, target_layer_ids: list[int], dtype: str, data_digest: str
+    options: ExtractOptions,
+    *,
+    target: TargetIdentity,
+    tokenizer: Any,
+    target_layer_ids: list[int],
+    dtype: str,
+    data_digest: str,
 ) -> dict[str, Any]:
     """Dotted field -> JSON value, as far as it is known before the target is loaded and the samples are prepared.
 
-    Later join ``attn_implementation`` and ``padding`` (decided by the loaded target), ``batch_tokens`` where it is to
-    be found out, and ``samples`` (the digest of the prepared samples, in order). Digests the target's weight files, so
-    it takes as long as reading them.
+    Later join what the loaded target decides (see ``LATER_IDENTITY``), ``batch_tokens`` where it is to be found out,
+    and ``samples`` (the digest of the prepared samples, in order).
     """
-    target = target_identity(options.target.name, options.target.revision, config)
     return {
-        **{f"target.{name}": value for name, value in target.items()},
+        **{f"target.{name}": value for name, value in target.fields.items()},
         **tokenizer_identity(tokenizer),
         "target_layer_ids": target_layer_ids,
         "dtype": dtype,
@@ -68,14 +79,22 @@ def _prepare_identity(options: ExtractOptions) -> dict[str, Any]:
     return {**fields, **({"columns": dict(columns)} if columns else {})}
 
 
-def software() -> dict[str, str]:
-    """Versions and hardware of this run: they may change rounding, but a resume under others is only warned of."""
-    versions = {name: metadata.version(name) for name in PACKAGES}
-    found = accelerators()
-    return {**versions, "python": platform.python_version(), "device": name(found[0]) if found else platform.machine()}
+def software(device: torch.device) -> dict[str, str]:
+    """Versions and hardware of this run, which rounding may depend on: the same bytes come from the same of these."""
+    found = {package: version for package in (*PACKAGES, *KERNELS) if (version := _version(package))}
+    return {**found, "python": platform.python_version(), **hardware(device)}
 
 
-def other_software(created_with: dict[str, str]) -> list[str]:
-    """What differs between the run that began a cache and this one, such as ``torch 2.9.0 -> 2.13.0``."""
-    now = software()
-    return [f"{name} {was} -> {now[name]}" for name, was in created_with.items() if now.get(name, was) != was]
+def other_software(created_with: Mapping[str, str], now: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """What differs between the run that began a cache and this one: name -> both, such as ``2.9.0``, ``absent``."""
+    # Caches of earlier versions did not say all of it.
+    names = [*created_with, *(now if "cpu_capability" in created_with else ())]
+    both = {name: (created_with.get(name, "absent"), now.get(name, "absent")) for name in names}
+    return {name: pair for name, pair in both.items() if pair[0] != pair[1]}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -5,13 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from torch import nn
-
 from cache_format.codecs.dtypes import torch_dtype
-from cache_format.errors import CacheError, InputError
+from cache_format.errors import CacheError, InputError, MismatchError
 from cache_format.layout.manifest import (
     LATER_IDENTITY,
     MANIFEST_NAME,
@@ -37,10 +35,12 @@ from extractor.job.timeline import Timeline
 from extractor.job.url_destination import UrlDestination
 from extractor.job.worker import Worker
 from extractor.target.backend import TargetBackend
+from extractor.target.factors import named_factors
 from extractor.target.layer_ids import chosen_layer_ids
 from extractor.target.load_backend import load_backend
 from extractor.target.load_target import TargetShape, load_config, load_tokenizer, resolve_device, resolve_dtype
 from extractor.target.target_files import write_target_files
+from extractor.target.target_identity import identify_target
 from extractor.target.tensor_parallel import Group, joined, require_plan
 from extractor.terminal.progress import Reporter, say
 
@@ -133,9 +133,16 @@ class Job:
         self.source = open_source(options.data, options.prepare.limit)
         self.group: Group | None = None
         """the processes that the target is divided over, with --tp-plan"""
+        self.target = identify_target(
+            target.name,
+            target.revision,
+            self.config,
+            adapter=target.adapter,
+            trust_remote_code=target.trust_remote_code,
+        )
         self.identity = inputs_identity(
             options,
-            config=self.config,
+            target=self.target,
             tokenizer=self.tokenizer,
             target_layer_ids=self.layer_ids,
             dtype=self.dtype,
@@ -180,11 +187,22 @@ class Job:
             return self.commit(self._begin())
         manifest = Manifest.read(self.folder)
         self.require_same_inputs(manifest)
-        changed = other_software(manifest.created_with)
-        if changed and manifest.state != "complete":
-            list_ = ", ".join(changed)
-            self.say(f"warning: this cache was begun with other software; rounding may differ: {list_}")
+        if manifest.state != "complete":
+            self._compare_hardware(manifest)
         return manifest
+
+    def _compare_hardware(self, manifest: Manifest) -> None:
+        """Say what rounding may depend on and is not as it was, or refuse to go on."""
+        changed = other_software(manifest.created_with, software(self.device))
+        if changed and self.options.strict_hardware:
+            raise MismatchError(
+                f"{self.where}: was begun with other hardware or software, which may round otherwise. Different:",
+                changed,
+                "Go on where it was begun, or leave out --strict-hardware.",
+            )
+        if changed:
+            list_ = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in changed.items())
+            say(f"warning: this cache was begun with other hardware or software; rounding may differ: {list_}")
 
     def report(self, manifest: Manifest, stats: RunStats) -> ExtractReport:
         """What was done, once the cache is planned."""
@@ -241,7 +259,7 @@ class Job:
             dtype=self.dtype,
             codec=self.identity["codec"],
             capture=self.options.capture.to_dict(),
-            created_with=software(),
+            created_with=software(self.device),
         )
 
     def _make(self, manifest: Manifest) -> tuple[RunStats, Manifest]:
@@ -297,6 +315,7 @@ class Job:
             longest=int(samples.num_tokens.max()),
             group=self.group,
         )
+        self.target.require_unchanged()
         decided = dict(backend.decided)
         if manifest.state == "preparing":
             if self.options.plan.batch_tokens is None and "batch_tokens" not in manifest.identity:
@@ -304,7 +323,7 @@ class Job:
                 found = backend.find_batch_tokens(self.device, longest, total)
                 self.say(f"--batch-tokens auto: {found:,}")
                 decided["batch_tokens"] = found
-            manifest = self.commit(self._planned(manifest, samples, plan, decided, backend.embeddings))
+            manifest = self.commit(self._planned(manifest, samples, plan, decided, backend))
             plan = self.plan(manifest, samples)
         require_same_identity(self.where, manifest.identity, {**manifest.identity, **decided})
         return manifest, plan, backend
@@ -382,10 +401,13 @@ class Job:
         samples: PreparedSamples,
         plan: Plan,
         decided: dict[str, Any],
-        embeddings: nn.Module,
+        backend: TargetBackend,
     ) -> Manifest:
         """The manifest of state extracting; the target's folder is written first."""
-        tied, scale = write_target_files(self.folder, embeddings, self.config, self.tokenizer)
+        tied, scale = write_target_files(self.folder, backend.embeddings, self.config, self.tokenizer)
+        factors = backend.factors or named_factors(self.config)
+        if factors.head_problem:
+            self.say(f"warning: the cache will have no LM head: {factors.head_problem}")
         totals = Totals(
             parts=sum(1 for _ in (self.folder / "samples").glob("samples-*.arrow")),
             samples=len(samples),
@@ -398,7 +420,7 @@ class Job:
         names = [path.relative_to(self.folder).as_posix() for path in paths]
         return manifest.extracting(
             {**manifest.identity, **decided, "samples": samples.digest()},
-            target=replace(manifest.target, tie_word_embeddings=tied, embed_scale=scale),
+            target=replace(manifest.target, tie_word_embeddings=tied, embed_scale=scale, **asdict(factors)),
             data=DataInfo(
                 name=self.source.name,
                 rows=samples.num_rows,
@@ -409,16 +431,27 @@ class Job:
             files=describe_files(self.folder, names),
         )
 
+    def watched(self, report: Callable[[RunStats], None] = lambda stats: None) -> Callable[[RunStats], None]:
+        """``report``, called after each batch; a target whose weights were written to meanwhile ends the run before
+        the shard is committed: on the CPU they are mapped into memory, not copied."""
+
+        def look_and_report(stats: RunStats) -> None:
+            self.target.require_unchanged(in_place=True)
+            report(stats)
+
+        return look_and_report
+
     def _run(self, runner: ShardRunner, missing: list[int]) -> RunStats:
         todo = sum(runner.plan.shard(number).tokens for number in missing)
         if self.on_todo is not None:
             self.on_todo(todo)
         before = time.monotonic() - self.started
         if self.on_stats is not None:
-            stats = runner.run(missing, self.on_stats)
+            stats = runner.run(missing, self.watched(self.on_stats))
         else:
             with Reporter("extract", todo, "tokens") as reporter:
-                stats = runner.run(missing, lambda stats: reporter.update(stats.tokens, progress_note(stats)))
+                report = self.watched(lambda stats: reporter.update(stats.tokens, progress_note(stats)))
+                stats = runner.run(missing, report)
         stats.seconds_to_first_batch = before
         if self.options.profile is not None and self.worker.leads:
             self.timeline.write(self.options.profile)

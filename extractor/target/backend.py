@@ -13,6 +13,7 @@ from cache_format.codecs.dtypes import DTYPES
 from cache_format.device import release_memory, sent
 from cache_format.layout.captures import LAST_HIDDEN_STATES, LOGSUMEXP, Captures
 from cache_format.layout.shard_layout import capture_tensors
+from extractor.target.factors import Factors
 
 
 class TargetBackend(ABC):
@@ -32,6 +33,12 @@ class TargetBackend(ABC):
     @abstractmethod
     def embeddings(self) -> Any:
         """Has ``get_input_embeddings()`` and ``get_output_embeddings()``, both whole, for target/ of the cache."""
+
+    @property
+    def factors(self) -> Factors | None:
+        """What the target multiplies embeddings and logits by; None where it is not found out: the configuration says
+        then."""
+        return None
 
     @property
     def repeatable(self) -> bool:

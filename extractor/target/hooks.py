@@ -140,7 +140,7 @@ class HFDFlashTargetModel:
             input_ids=input_ids,
             attention_mask=attention_mask,
             loss_mask=loss_mask,
-            logits=_logits(output) if self.capture_logits else None,
+            logits=logits_of(output) if self.capture_logits else None,
         )
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -152,7 +152,8 @@ class HFDFlashTargetModel:
         return self.model.get_output_embeddings()  # type: ignore[operator]
 
 
-def _logits(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """``[B, S, V]``, of whatever a model's forward gives."""
     if isinstance(output, Tensor):
         return output
     return output[0] if isinstance(output, tuple) else output.logits

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from cache_format.errors import InputError
 from cache_format.layout.manifest import Manifest
 from extractor.config import ExtractOptions
+from extractor.target.adapter import with_adapter
 from extractor.target.backend import TargetBackend
 from extractor.target.deterministic import be_deterministic
 from extractor.target.hooks import HFDFlashTargetModel
@@ -52,7 +55,9 @@ def load_backend(
     return TransformersBackend(target, _padding_mode(target, longest), options.capture, embeddings)
 
 
-def load_backend_of(manifest: Manifest, name: str, device: torch.device, *, trust_remote_code: bool) -> TargetBackend:
+def load_backend_of(
+    manifest: Manifest, name: str, device: torch.device, *, trust_remote_code: bool, adapter: Path | None = None
+) -> TargetBackend:
     """Load target ``name`` as the cache of ``manifest`` was made with it, hidden_states alone.
 
     Raises:
@@ -66,6 +71,7 @@ def load_backend_of(manifest: Manifest, name: str, device: torch.device, *, trus
         attn_implementation=manifest.identity["attn_implementation"],
         trust_remote_code=trust_remote_code,
     )
+    model = model if adapter is None else with_adapter(model, adapter)
     target = HFDFlashTargetModel(model, manifest.target_layer_ids)
     return TransformersBackend(target, manifest.identity["padding"])
 

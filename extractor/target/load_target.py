@@ -1,34 +1,19 @@
-"""The target from a folder or the hub: configuration, tokenizer, weights, and the digests that identify them."""
+"""The target from a folder or the hub: configuration, tokenizer, weights."""
 
 from __future__ import annotations
 
-import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import nn
 
 from cache_format.device import CPU, accelerators, count, has_streams, parse
 from cache_format.errors import InputError
-from cache_format.storage.file_info import file_info
 from extractor.config import TargetOptions
-
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
-
-_VOLATILE_CONFIG = (
-    "_name_or_path",
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
-    "_attn_implementation",
-    "use_cache",
-)
-"""Fields of a config that say where it came from or how it is run; dtype and attention are compared on their own."""
+from extractor.target.adapter import with_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +115,7 @@ def load_target(
 
 def load_wanted(target: TargetOptions, dtype: torch.dtype, device: torch.device, tp_size: int | None) -> nn.Module:
     """:func:`load_target` as the options of an extraction say."""
-    return load_target(
+    model = load_target(
         target.name,
         revision=target.revision,
         dtype=dtype,
@@ -140,6 +125,7 @@ def load_wanted(target: TargetOptions, dtype: torch.dtype, device: torch.device,
         device_map=target.device_map,
         tp_size=tp_size,
     )
+    return model if target.adapter is None else with_adapter(model, target.adapter)
 
 
 def _tensor_parallel(tp_size: int) -> Any:
@@ -149,42 +135,6 @@ def _tensor_parallel(tp_size: int) -> Any:
         return DistributedConfig(tp_size=tp_size)
     except (ImportError, TypeError):
         raise InputError("--tp-plan needs transformers 5.17 or newer; pip install -U transformers") from None
-
-
-def target_identity(name: str, revision: str | None, config: Any) -> dict[str, str]:
-    """``config``: digest of the configuration; ``weights``: the hub's commit, or a digest of the local weight files.
-
-    Raises:
-        InputError: a local folder without weights.
-    """
-    fields = {key: value for key, value in config.to_dict().items() if key not in _VOLATILE_CONFIG}
-    text = json.dumps(fields, sort_keys=True, default=str)
-    return {"config": xxhash.xxh3_128(text.encode()).hexdigest(), "weights": _weights_identity(name, revision, config)}
-
-
-def _weights_identity(name: str, revision: str | None, config: Any) -> str:
-    folder = Path(name)
-    if not folder.is_dir():
-        return f"commit {getattr(config, '_commit_hash', None) or revision or 'unknown'}"
-    files = sorted({path for pattern in WEIGHT_PATTERNS for path in folder.glob(pattern)})
-    if not files:
-        raise InputError(f"--target {name}: the folder has no weights ({', '.join(WEIGHT_PATTERNS)})")
-    with ThreadPoolExecutor(4) as pool:
-        infos = list(pool.map(file_info, files))
-    lines = [f"{path.name} {info.bytes} {info.checksum}" for path, info in zip(files, infos, strict=True)]
-    return xxhash.xxh3_128("\n".join(lines).encode()).hexdigest()
-
-
-def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
-    """``tokenizer``: digest of its vocabulary, merges and special tokens; ``chat_template``: digest of the template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    special = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    template = json.dumps(tokenizer.chat_template, sort_keys=True)
-    return {
-        "tokenizer": xxhash.xxh3_128(f"{vocabulary}\n{special}".encode()).hexdigest(),
-        "chat_template": xxhash.xxh3_128(template.encode()).hexdigest(),
-    }
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:

@@ -16,7 +16,8 @@ from cache_format.reading.feature_cache import FeatureCache
 from cache_format.upkeep.verify import Problem
 from extractor.target.backend import TargetBackend
 from extractor.target.load_backend import load_backend_of
-from extractor.target.load_target import load_config, resolve_device, target_identity
+from extractor.target.load_target import load_config, resolve_device
+from extractor.target.target_identity import TargetIdentity, identify_target
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference, as a share of a layer's RMS in the sample, that passes as rounding: a sample is run alone here
@@ -35,7 +36,13 @@ class RecomputeReport:
 
 
 def recompute(
-    cache: Path | str, target_name: str, count: int, *, device: str, trust_remote_code: bool
+    cache: Path | str,
+    target_name: str,
+    count: int,
+    *,
+    device: str,
+    trust_remote_code: bool,
+    adapter: Path | None = None,
 ) -> RecomputeReport:
     """Recompute ``count`` random samples (the same ones each time) with the target, one by one.
 
@@ -49,10 +56,11 @@ def recompute(
     opened = FeatureCache.open(cache, allow_incomplete=True)
     manifest = opened.manifest
     config = load_config(target_name, None, trust_remote_code)
-    found = {f"target.{name}": value for name, value in target_identity(target_name, None, config).items()}
-    require_same_identity(cache, manifest.identity, {**manifest.identity, **found})
+    target = identify_target(target_name, None, config, adapter=adapter, trust_remote_code=trust_remote_code)
+    _require_same_target(opened, target)
     on = resolve_device(device)
-    backend = load_backend_of(manifest, target_name, on, trust_remote_code=trust_remote_code)
+    backend = load_backend_of(manifest, target_name, on, trust_remote_code=trust_remote_code, adapter=adapter)
+    target.require_unchanged()
     chosen = np.random.RandomState(0).permutation(len(opened))[:count]
     # Rounding and the codec's error are independent; neither makes up for the other.
     tolerance = TOLERANCE[manifest.torch_dtype] + codec_named(manifest.codec["name"]).relative_error
@@ -66,6 +74,14 @@ def recompute(
             name = shard_name(number)
             problems.append(Problem(file=name, shard=number, sample=sample, field="hidden_states", problem=why))
     return RecomputeReport(samples=len(chosen), largest_error=largest, tolerance=tolerance, problems=problems)
+
+
+def _require_same_target(cache: FeatureCache, target: TargetIdentity) -> None:
+    """Compare what the cache says of its target; caches of earlier versions say nothing of code and adapters."""
+    stored = {name: value for name, value in cache.manifest.identity.items() if name.startswith("target.")}
+    found = {f"target.{name}": value for name, value in target.fields.items()}
+    known = {name: value for name, value in found.items() if name in stored or name == "target.adapter"}
+    require_same_identity(cache.where, stored, known)
 
 
 def _largest_error(cache: FeatureCache, i: int, backend: TargetBackend, device: torch.device) -> tuple[float, int]:

@@ -21,7 +21,9 @@ from cache_format.errors import InputError
 from cache_format.layout.captures import LAST_HIDDEN_STATES, LOGSUMEXP, TOPK_IDS, TOPK_VALUES, Captures
 from extractor.target.backend import TargetBackend
 from extractor.target.batch_budget import find_batch_tokens
+from extractor.target.factors import Factors, measured_factors
 from extractor.target.hooks import HFDFlashTargetModel
+from extractor.target.in_fact import decided_in_fact
 
 UNMASKED, MASKED = "unmasked", "masked"
 
@@ -72,9 +74,14 @@ class TransformersBackend(TargetBackend):
 
     @property
     def decided(self) -> dict[str, Any]:
-        """See :class:`TargetBackend`: the attention kernel, and whether padding is masked."""
+        """See :class:`TargetBackend`: the attention kernel, whether padding is masked, and what :mod:`in_fact` says."""
         attention = getattr(self.target.model.config, "_attn_implementation", None) or "eager"
-        return {"attn_implementation": attention, "padding": self.padding}
+        return {"attn_implementation": attention, "padding": self.padding, **decided_in_fact(self.target.model)}
+
+    @property
+    def factors(self) -> Factors | None:
+        """See :class:`TargetBackend`: tried out, but for a target whose other parts are in other processes."""
+        return measured_factors(self.target) if self.target.before_pass is None else None
 
     @property
     def repeatable(self) -> bool:
