@@ -22,6 +22,7 @@ from extractor.cli.exit_codes import EXIT_COULD_NOT_START, EXIT_FAILED
 from extractor.cli.export import export
 from extractor.cli.extract import extract
 from extractor.cli.inspect import inspect
+from extractor.cli.preview import preview
 from extractor.cli.recode import recode
 from extractor.cli.repair import repair
 from extractor.cli.verify import verify
@@ -59,7 +60,7 @@ def _options(
     pass
 
 
-for command in (extract, estimate, inspect, verify, repair, export, recode):
+for command in (preview, estimate, extract, inspect, verify, repair, export, recode):
     app.command()(command)
 
 
