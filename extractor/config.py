@@ -76,13 +76,23 @@ class TargetOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Where the rows come from."""
+    """Where the rows come from: one of the sources."""
 
     name: str
     """local .jsonl/.json/.parquet file or folder, saved dataset, or hub id"""
     split: str | None = None
+    data_config: str | None = None
     data_revision: str | None = None
     streaming: bool = False
+    weight: float = 1.0
+    """share of the rows that is drawn, always the same ones"""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight <= 1:
+            raise InputError(
+                f"--data {self.name}:{self.weight:g}: a weight is the share of rows to take, more than 0 and at most "
+                "1; to take all rows twice, give the source twice"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +153,7 @@ class ExtractOptions:
 
     out: Path
     target: TargetOptions
-    data: DataOptions
+    data: DataOptions | tuple[DataOptions, ...]
     prepare: PrepareOptions = field(default_factory=PrepareOptions)
     plan: PlanOptions = field(default_factory=PlanOptions)
     capture: Captures = field(default_factory=Captures)
@@ -172,6 +182,14 @@ def _require_choice(option: str, value: str, choices: Any) -> None:
     allowed = get_args(choices)
     if value not in allowed:
         raise InputError(f"{option} {value!r}: choose one of {', '.join(allowed)}")
+
+
+def parse_data(text: str) -> tuple[str, str | None, float]:
+    """``a.jsonl`` or ``owner/name:train_sft:0.5`` -> (name, split, weight); a path that exists is all name."""
+    match = re.fullmatch(r"(.+?)(?::([A-Za-z_][\w.-]*))?(?::(\d+(?:\.\d*)?|\.\d+))?", text)
+    if match is None or Path(text).expanduser().exists():
+        return text, None, 1.0
+    return match[1], match[2], 1.0 if match[3] is None else float(match[3])
 
 
 def parse_columns(text: str | None) -> tuple[tuple[str, str], ...]:

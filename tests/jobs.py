@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 LAYER_IDS = [4, 0, 2]
+
+
+def on(job: Sequence[object], data: Path | str) -> list[object]:
+    """``job`` on other data; ``--data`` once more would be another source."""
+    at = job.index("--data") + 1
+    return [*job[:at], str(data), *job[at + 1 :]]
 
 
 def contents(cache: Path) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ import commands
 import numpy as np
 import pytest
 import torch
-from jobs import LAYER_IDS, contents
+from jobs import LAYER_IDS, contents, on
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -147,7 +147,7 @@ def test_a_run_with_other_options_is_refused_and_touches_nothing(made, job, cli,
 def test_other_rows_or_another_order_are_refused(made, job, demo_jsonl, tmp_path, cli):
     lines = demo_jsonl.read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join([lines[1], lines[0], *lines[2:]]))
-    code, _, err = cli("extract", *job, "--data", tmp_path / "train.jsonl", "--out", made)
+    code, _, err = cli("extract", *on(job, tmp_path / "train.jsonl"), "--out", made)
     assert (code, "  data.digest: cache has" in err) == (2, True)
 
 
@@ -187,7 +187,7 @@ def test_non_finite_states_stop_the_job_or_are_quarantined(job, tiny_target, tmp
     question = {"role": "user", "content": "hi"}
     rows = [{"messages": [question, {"role": "assistant", "content": f"{c} ok"}]} for c in "ab~c~"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    job = [*job, "--target", broken_target(tiny_target, tmp_path / "t"), "--data", tmp_path / "rows.jsonl"]
+    job = [*on(job, tmp_path / "rows.jsonl"), "--target", broken_target(tiny_target, tmp_path / "t")]
     job += ["--codec", codec]
     code, _, err = cli("extract", *job, "--out", tmp_path / "a")
     assert code == 1
@@ -235,10 +235,10 @@ def test_a_bad_row_is_named_and_the_folder_can_be_used_again(job, tmp_path, cli,
     lines = demo_jsonl.read_text().splitlines(keepends=True)[:50]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join([*lines[:16], "{broken\n", *lines[16:]]))
-    code, _, err = cli("extract", *job, "--data", data, "--out", tmp_path / "out")
+    code, _, err = cli("extract", *on(job, data), "--out", tmp_path / "out")
     assert (code, "rows.jsonl" in err, "17" in err) == (2, True, True)
     data.write_text("".join(lines))
-    assert cli("extract", *job, "--data", data, "--out", tmp_path / "out")[0] == 0
+    assert cli("extract", *on(job, data), "--out", tmp_path / "out")[0] == 0
     assert len(FeatureCache.open(tmp_path / "out")) == 50
 
 

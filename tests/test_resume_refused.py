@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import contents
+from jobs import contents, on
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -186,15 +186,15 @@ def changed(cli, small_job, tiny_target, tmp_path) -> Callable[[Case, Path], tup
     """Run the job with what a case changes: exit code and messages."""
 
     def run(case: Case, out: Path) -> tuple[int, str]:
-        options = [*case.options]
+        job, options = small_job, [*case.options]
         if case.rows is not None:
             lines = Path(small_job[small_job.index("--data") + 1]).read_text().splitlines(keepends=True)
             (tmp_path / case.rows_name).write_text("".join(case.rows(lines)))
-            options += ["--data", str(tmp_path / case.rows_name)]
+            job = on(small_job, tmp_path / case.rows_name)
         if case.target is not None:
             case.target(shutil.copytree(tiny_target, tmp_path / "target"))
             options += ["--target", str(tmp_path / "target")]
-        code, _, err = cli(*small_job, *options, "--out", out)
+        code, _, err = cli(*job, *options, "--out", out)
         return code, err
 
     return run
@@ -269,11 +269,11 @@ def test_without_a_manifest_other_options_take_over_no_prepared_samples(whole, c
 
 def same_rows(tmp_path: Path, small_job: list[str], tiny_target: Path) -> list[str]:
     (tmp_path / "moved").mkdir()
-    return ["--data", shutil.copy(small_job[small_job.index("--data") + 1], tmp_path / "moved")]
+    return on(small_job, shutil.copy(small_job[small_job.index("--data") + 1], tmp_path / "moved"))
 
 
 def same_target(tmp_path: Path, small_job: list[str], tiny_target: Path) -> list[str]:
-    return ["--target", str(shutil.copytree(tiny_target, tmp_path / "another_name"))]
+    return [*small_job, "--target", str(shutil.copytree(tiny_target, tmp_path / "another_name"))]
 
 
 @pytest.mark.parametrize(
@@ -291,8 +291,7 @@ def same_target(tmp_path: Path, small_job: list[str], tiny_target: Path) -> list
 )
 def test_what_changes_no_byte_resumes(begun, whole, cli, small_job, tiny_target, tmp_path, options):
     """The same rows or target in another folder, a default that is spelt out, how rows are read."""
-    if callable(options):
-        options = options(tmp_path, small_job, tiny_target)
-    code, _, err = cli(*small_job, *options, "--out", begun)
+    job = options(tmp_path, small_job, tiny_target) if callable(options) else [*small_job, *options]
+    code, _, err = cli(*job, "--out", begun)
     assert code == 0, err
     assert contents(begun) == contents(whole)

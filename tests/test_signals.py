@@ -12,7 +12,7 @@ from pathlib import Path
 
 import commands
 import pytest
-from jobs import contents
+from jobs import contents, on
 
 from cache_format import FeatureCache
 from cache_format.layout.samples import read_part
@@ -121,7 +121,7 @@ def small_parts() -> None:
 def test_stopped_while_processes_prepare(job, demo_jsonl, tmp_path):
     data, out = tmp_path / "many.jsonl", tmp_path / "cache"
     data.write_text(demo_jsonl.read_text() * 20)
-    job = [*job, "--data", str(data), "--limit", "6000"]
+    job = [*on(job, data), "--limit", "6000"]
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core: prepared in the main process")
     process = start(job, out, small_parts)

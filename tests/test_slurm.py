@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import contents
+from jobs import contents, on
 
 from cache_format.errors import InputError
 from extractor.config import DataOptions, ExtractOptions, TargetOptions
@@ -90,7 +90,7 @@ def test_an_array_whose_task_is_preempted_and_requeued(job, made, stand_ins, tmp
 
 
 def test_a_task_that_fails_is_not_requeued(job, stand_ins, tmp_path):
-    task = start_task(0, [*job, "--data", str(tmp_path / "none.jsonl")], tmp_path / "cache", stand_ins)
+    task = start_task(0, on(job, tmp_path / "none.jsonl"), tmp_path / "cache", stand_ins)
     _, errors = task.communicate(timeout=60)
     assert task.returncode == 2
     assert "none.jsonl" in errors

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import contents
+from jobs import contents, on
 from safetensors.torch import load_file, save_file
 
 import extractor.job.job
@@ -316,7 +316,8 @@ def test_streamed_rows_that_change_while_they_are_read_are_not_kept(job, cli, tm
                 file.write("".join(row.replace("[5", "[8") for row in rows).encode())
 
     monkeypatch.setattr(prepare_module, "write_part", and_then)
-    options = ("--data", data, "--streaming", "--limit", "3000", "--out", tmp_path / "c")
+    job = on(job, data)
+    options = ("--streaming", "--limit", "3000", "--out", tmp_path / "c")
     code, _, err = cli(*job, *options)
     assert (code, "rows.jsonl was changed while its rows were read" in err) == (1, True), err
     assert len(list((tmp_path / "c" / "samples").iterdir())) == 2

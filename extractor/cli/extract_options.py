@@ -9,7 +9,7 @@ from cache_format.errors import InputError
 from extractor.cli.options import place
 
 if TYPE_CHECKING:
-    from extractor.config import ExtractOptions
+    from extractor.config import DataOptions, ExtractOptions
 
 
 def destination(out: Path | str, scratch: Path | None) -> dict[str, Any]:
@@ -24,10 +24,42 @@ def destination(out: Path | str, scratch: Path | None) -> dict[str, Any]:
     return {"out": where}
 
 
+def _sources(arguments: dict[str, Any]) -> tuple[DataOptions, ...]:
+    """Each ``--data``. Of several, ``--split`` counts for those that have splits and do not name their own, and
+    ``--data-config`` and ``--data-revision`` for those of the hub.
+
+    Raises:
+        InputError: one of these is given and counts for none.
+    """
+    from extractor.config import DataOptions, parse_data
+
+    common = {name: arguments.get(name) for name in ("split", "data_config", "data_revision")}
+    unused = {name for name, value in common.items() if value is not None}
+    sources = []
+    for text in arguments["data"]:
+        name, split, weight = parse_data(text)
+        takes = _takes(name) if len(arguments["data"]) > 1 else set(common)
+        unused -= takes
+        options = {option: value for option, value in common.items() if option in takes}
+        options["split"] = split or options.get("split")
+        sources.append(DataOptions(name=name, weight=weight, streaming=arguments.get("streaming", False), **options))
+    if unused:
+        option = min(unused)
+        raise InputError(f"--{option.replace('_', '-')} {common[option]}: no source given with --data has any")
+    return tuple(sources)
+
+
+def _takes(name: str) -> set[str]:
+    """The options that count for a source among several."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return {"split", "data_config", "data_revision"}
+    return {"split"} if (path / "dataset_dict.json").exists() else set()
+
+
 def extract_options(arguments: dict[str, Any]) -> ExtractOptions:
     """The command line as an ExtractOptions."""
     from extractor.config import (
-        DataOptions,
         ExtractOptions,
         PlanOptions,
         PrepareOptions,
@@ -51,7 +83,7 @@ def extract_options(arguments: dict[str, Any]) -> ExtractOptions:
             **taken("num_draft_layers", "dtype", "device", "attn_implementation", "revision", "trust_remote_code"),
             **taken("device_map", "tp_plan", "compile", "deterministic", "adapter"),
         ),
-        data=DataOptions(name=arguments["data"], **taken("split", "data_revision", "streaming")),
+        data=_sources(arguments),
         prepare=PrepareOptions(
             columns=parse_columns(arguments.get("columns")),
             **taken("max_length", "too_long", "min_loss_tokens", "loss_on", "row_format", "on_bad_row", "limit"),

@@ -17,10 +17,12 @@ Target = Annotated[
     str, typer.Option(help="Hub id or local folder of the target LLM.", rich_help_panel=_TARGET, show_default=False)
 ]
 Data = Annotated[
-    str,
+    list[str],
     typer.Option(
-        help="A .jsonl, .json or .parquet file, a folder of them, a folder saved by datasets, or a hub id. Rows hold "
-        "messages, conversations, prompt + response, text, or input_ids with loss_mask or labels.",
+        help="A .jsonl, .json (also .gz, .zst, .bz2) or .parquet file, a folder of them, a folder saved by datasets, "
+        "or a hub id. Rows hold messages, a prompt and a response, preferences, text, or ids: extractor/data/DATA.md. "
+        "Give it again for more sources, in this order; :SPLIT and :WEIGHT may follow a name, as in chat.jsonl:0.5 "
+        "(always the same half of the rows) or owner/name:train_sft:0.1.",
         rich_help_panel=_DATA,
         show_default=False,
     ),
@@ -81,6 +83,10 @@ TrustRemoteCode = Annotated[
 Split = Annotated[
     str | None,
     typer.Option(help="Split of a saved or hub dataset, such as train.", rich_help_panel=_DATA, show_default=False),
+]
+DataConfig = Annotated[
+    str | None,
+    typer.Option(help="Configuration of a hub dataset, such as main.", rich_help_panel=_DATA, show_default=False),
 ]
 DataRevision = Annotated[
     str | None,

@@ -13,6 +13,7 @@ from extractor.cli.extract_options import extract_options
 from extractor.cli.options import (
     Columns,
     Data,
+    DataConfig,
     DataRevision,
     Debug,
     Json,
@@ -47,6 +48,7 @@ def preview(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     split: Split = None,
+    data_config: DataConfig = None,
     data_revision: DataRevision = None,
     streaming: Streaming = False,
     limit: Limit = None,

@@ -52,12 +52,11 @@ def prepare_rows(rows: Rows, tokenizer: Any, options: PrepareOptions) -> tuple[l
     Raises:
         InputError: options, columns and tokenizer do not fit, or (``on_bad_row="fail"``) a bad row, by file and row.
     """
-    encode = encoder(tokenizer, options, rows.columns)
     samples: list[Sample] = []
     dropped = Dropped()
     for number, raw in enumerate(rows.raw, rows.first):
         try:
-            encoded = encode(raw)
+            encoded = encoder(tokenizer, options, rows.columns_of(number))(raw)
         except LeftOut as why:
             dropped[why.reason] += 1
             continue
@@ -89,16 +88,40 @@ def reason_to_drop(ids: np.ndarray, mask: np.ndarray, options: PrepareOptions) -
     return "too_few_loss_tokens" if learned < options.min_loss_tokens else None
 
 
-@lru_cache(maxsize=1)
-def encoder(tokenizer: Any, options: PrepareOptions, columns: tuple[str, ...]) -> Callable[[RawRow], list[Ids]]:
+def require_forms(source: RowSource, tokenizer: Any, options: PrepareOptions) -> list[Form]:
+    """The form of each source, once all of them are known to fit options and tokenizer.
+
+    Raises:
+        InputError: one does not, or ``--columns`` names columns that none has.
+    """
+    for named, columns in zip(source.sources, source.column_sets, strict=True):
+        try:
+            encoder(tokenizer, options, columns)
+        except InputError as error:
+            raise InputError(f"{named.name}: {error}") from error
+    forms = [form_of_source(columns, options) for columns in source.column_sets]
+    wanted = [column for _, column in options.columns]
+    if wanted and not any(set(wanted) <= set(form.columns.values()) for form in forms):
+        found = "; ".join(", ".join(columns) for columns in source.column_sets)
+        raise InputError(f"--columns names {' and '.join(wanted)}, which the data does not have; found: {found}")
+    return forms
+
+
+def form_of_source(columns: tuple[str, ...], options: PrepareOptions) -> Form:
+    """The form of the rows of a source with these columns."""
+    return form_of(columns, options.row_format, named_for(columns, dict(options.columns)))
+
+
+@lru_cache(maxsize=64)
+def encoder(tokenizer: Any, options: PrepareOptions, columns: tuple[str, ...]) -> Callable[[RawRow | None], list[Ids]]:
     """The function from a raw row to the ids and masks of its samples; kept for the next rows with the same arguments.
 
-    They are whole: not cut to ``max_length``. The function raises BadRow, whatever is wrong with a row.
+    They are whole: not cut to ``max_length``. The function raises BadRow, whatever is wrong with a row, and LeftOut.
 
     Raises:
         InputError: options, columns and tokenizer do not fit.
     """
-    form = form_of(columns, options.row_format, named_for(columns, dict(options.columns)))
+    form = form_of_source(columns, options)
     loss_on = _loss_on(form, options.loss_on, columns)
     if form.row_format == "input_ids":
         return _parsed(lambda row: [ids_of(form.renamed(row), len(tokenizer), loss_on, tokenizer.pad_token_id)])
@@ -112,8 +135,10 @@ def encoder(tokenizer: Any, options: PrepareOptions, columns: tuple[str, ...]) -
     return _parsed(lambda row: [to_ids(conversation_of(row, form))])
 
 
-def _parsed(encode: Callable[[dict[str, Any]], list[Ids]]) -> Callable[[RawRow], list[Ids]]:
-    def encode_raw(raw: RawRow) -> list[Ids]:
+def _parsed(encode: Callable[[dict[str, Any]], list[Ids]]) -> Callable[[RawRow | None], list[Ids]]:
+    def encode_raw(raw: RawRow | None) -> list[Ids]:
+        if raw is None:
+            raise LeftOut("is left out by its source's weight", "by_weight")
         with guarded():
             row = parse_row(raw)
             return encode(row) if row is not None else []
@@ -201,7 +226,7 @@ def prepare(
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    encoder(tokenizer, options, source.columns)
+    require_forms(source, tokenizer, options)
     make_folder(folder)
     kept = _finished_parts(folder, source.num_rows, made_for)
     rows_done, samples_kept = sum(rows for rows, _ in kept.values()), sum(samples for _, samples in kept.values())

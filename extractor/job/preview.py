@@ -16,7 +16,7 @@ from cache_format.layout.samples import Dropped
 from extractor.config import ExtractOptions, PrepareOptions
 from extractor.data.bad_row import BadRow, LeftOut
 from extractor.data.dataset import RawRow, Rows, RowSource, open_source
-from extractor.data.prepare import encoder, reason_to_drop
+from extractor.data.prepare import encoder, reason_to_drop, require_forms
 from extractor.data.stretches import stretches
 from extractor.job.report import bad_row_notes, dropped_note
 from extractor.target.load_target import load_tokenizer
@@ -61,7 +61,7 @@ class PreviewedRow:
 
     place: str
     """file and row in it: ``train.jsonl row 17``"""
-    raw: RawRow
+    raw: RawRow | None
     samples: list[PreviewedSample]
     dropped: str | None = None
     """why it gives no sample: ``empty``, ``bad_row`` or another reason that rows are counted under"""
@@ -118,7 +118,7 @@ class Preview:
         self.options = options.prepare
         self.tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
         self.source = open_source(options.data, options.prepare.limit)
-        self._encode = encoder(self.tokenizer, self.options, self.source.columns)
+        require_forms(self.source, self.tokenizer, self.options)
 
     def first(self, count: int) -> Iterator[PreviewedRow]:
         """The first ``count`` rows."""
@@ -156,7 +156,7 @@ class Preview:
     def _row(self, rows: Rows, at: int) -> PreviewedRow:
         place, raw = rows.where(rows.first + at), rows.raw[at]
         try:
-            encoded = self._encode(raw)
+            encoded = encoder(self.tokenizer, self.options, rows.columns_of(rows.first + at))(raw)
         except LeftOut as why:
             return PreviewedRow(place=place, raw=raw, samples=[], dropped=why.reason, problem=str(why))
         except BadRow as problem:
@@ -243,7 +243,9 @@ def describe_counts(counts: Counts, preview: Preview) -> str:
     return printable("\n".join(lines))
 
 
-def _raw(row: RawRow, whole: bool) -> str:
+def _raw(row: RawRow | None, whole: bool) -> str:
+    if row is None:
+        return ""
     if isinstance(row, bytes):
         text = row.decode(errors="backslashreplace").strip()
     else:
