@@ -1,200 +1,171 @@
 """Which tokens are learned: what the assistant itself would generate, its end-of-turn token included, nothing else.
 
 The learned stretches are found in the *rendered text* and then carried over to tokens by their character offsets.
-A template with ``{% generation %}`` tags says itself where they are. For any other template each one is derived:
-
-- it starts where the generation prompt for that turn ends: ``render(turns before, add_generation_prompt=True)``;
-- its content ends where the text that follows the content begins, which is what follows a placeholder put in the
-  content's place;
-- there an end-of-turn token (a special token of the tokenizer) has to stand, and it ends the stretch.
-
-Every step is checked. What cannot be derived exactly is refused, never guessed.
+A template with ``{% generation %}`` tags says itself where they are; for any other they are derived from differences
+between renderings (learned_spans.py). Either way what they hold is compared with the row.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import jinja2
 import numpy as np
 from tokenizers import Tokenizer, processors
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from cache_format.errors import InputError
-from extractor.data.conversation import Conversation, Message, check_text
+from extractor.data.chat_template import ChatTemplate
+from extractor.data.conversation import Conversation, check_text
 from extractor.data.dataset import BadRow
-
-WAYS_OUT = (
-    "add {% generation %} tags to the chat template, use --loss-on all, or pass rows with input_ids and loss_mask"
+from extractor.data.learned_spans import (
+    WAYS_OUT,
+    NotDerivable,
+    Span,
+    SpanFinder,
+    reasoning_left_out,
+    require_written,
 )
-_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
-_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+Ids = tuple[np.ndarray, np.ndarray]
+"""input_ids int32 ``[T]``, loss_mask uint8 ``[T]``"""
+_PROVED = 32
+"""conversations whose tokens are compared with the tokenizer's own, before its backend alone is trusted"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """What one conversation gives."""
+
+    samples: list[Ids]
+    reasoning_left_out: int = 0
+    """learned turns whose reasoning the template did not write"""
 
 
 class ConversationTokenizer:
     """Conversations -> token ids and loss masks, with the chat template of one tokenizer."""
 
-    def __init__(self, tokenizer: Any, *, assistant_only: bool):
-        """``tokenizer``: a transformers tokenizer. ``assistant_only=False`` learns every token.
+    def __init__(self, template: ChatTemplate, *, assistant_only: bool, turns: str = "all", system_prompt: str | None = None):
+        """Args:
+            template: of a transformers tokenizer.
+            assistant_only: False learns every token.
+            turns: ``all``: a conversation is one sample, each assistant turn learned as it is rendered there;
+                ``last``: only the last one is learned, and what follows it is left out; ``each``: a sample for every
+                assistant turn, its context the prompt that the target would see.
+            system_prompt: for conversations that have no system message.
 
         Raises:
-            InputError: no chat template, or (for ``assistant_only``) not a fast tokenizer.
+            InputError: (for ``assistant_only``) not a fast tokenizer.
         """
-        if not tokenizer.chat_template:
-            raise InputError(
-                "the tokenizer has no chat template: use an instruct target, "
-                "or rows with prompt and response, text, or input_ids"
-            )
+        tokenizer = template.tokenizer
         if assistant_only and not tokenizer.is_fast:
             raise InputError(f"{type(tokenizer).__name__} is not a fast tokenizer, so it gives no offsets: {WAYS_OUT}")
-        self.tokenizer = tokenizer
-        self.assistant_only = assistant_only
+        self.template, self.tokenizer = template, tokenizer
+        self.assistant_only, self.turns, self.system_prompt = assistant_only, turns, system_prompt
+        self._proved = 0
+        self._kinds_proved: set[int] = set()
 
-    def __call__(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids (int32 ``[T]``) as ``apply_chat_template`` gives them, and the loss mask (uint8 ``[T]``).
+    def __call__(self, conversation: Conversation) -> Encoded:
+        """The samples of a conversation: token ids as ``apply_chat_template`` gives them, and loss masks.
 
         Raises:
             BadRow: the template refuses the conversation, or its learned tokens cannot be told exactly.
         """
-        text, tagged = self._render_tagged(conversation)
+        conversation = self.template.fitted(self._with_system(conversation))
+        if self.turns == "all":
+            return self._sample(conversation, None)
+        learned = [n for n, m in enumerate(conversation.messages) if m["role"] == "assistant" and _learns(conversation, n)]
+        if self.turns == "last":
+            learned = learned[-1:]
+        parts = [self._sample(_until(conversation, turn), turn) for turn in learned]
+        return Encoded(
+            samples=[sample for part in parts for sample in part.samples],
+            reasoning_left_out=sum(part.reasoning_left_out for part in parts),
+        )
+
+    def _with_system(self, conversation: Conversation) -> Conversation:
+        first = conversation.messages[0]["role"]
+        if self.system_prompt is None or first in ("system", "developer"):
+            return conversation
+        message = {"role": "system", "content": self.system_prompt}
+        learn = None if conversation.learn is None else (False, *conversation.learn)
+        return Conversation(
+            messages=[message, *conversation.messages],
+            tools=conversation.tools,
+            learn=learn,
+            template_kwargs=conversation.template_kwargs,
+        )
+
+    def _sample(self, conversation: Conversation, only: int | None) -> Encoded:
+        """One sample, with every turn learned, or only the one of this number."""
+        messages = conversation.messages
+        tagged = self.assistant_only and self.template.has_generation_tags(tools=bool(conversation.tools))
+        if tagged:
+            text, stretches = self.template.render_tagged(conversation, messages)
+        else:
+            text, stretches = self.template.render(conversation, messages), []
         check_text(text)
-        ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
         if not self.assistant_only:
-            return ids, np.ones(len(ids), np.uint8)
-        spans = tagged if tagged is not None else self._derived_spans(conversation, text)
-        encoding = self._untrimmed.encode(text, add_special_tokens=False)
-        if not np.array_equal(ids, encoding.ids):
-            raise BadRow(f"the tokenizer does not give the tokens that its backend gives: {WAYS_OUT}")
+            _require_in_text(conversation, text)
+            ids = self._tokenized(text).ids
+            return Encoded(samples=[(np.asarray(ids, np.int32), np.ones(len(ids), np.uint8))])
+        turns = _tagged_turns(conversation, text, stretches) if tagged else self._derived(conversation, text)
+        learned = {n: s for n, s in turns.items() if _learns(conversation, n) and (only is None or n == only)}
+        left_out = sum(
+            reasoning_left_out(messages[n], "".join(text[a:b] for a, b in spans)) for n, spans in learned.items()
+        )
+        return Encoded(
+            samples=[self._masked(text, [span for spans in learned.values() for span in spans])],
+            reasoning_left_out=left_out,
+        )
+
+    def _derived(self, conversation: Conversation, text: str) -> dict[int, list[Span]]:
+        def render(messages: Sequence[dict[str, Any]], *, prompt: bool = False) -> str:
+            return self.template.render(conversation, messages, prompt=prompt)
+
+        found = SpanFinder(render, conversation.messages, text, self._leading_mark).spans()
+        return {turn: [span] for turn, span in found.items()}
+
+    # -- tokens -----------------------------------------------------------------------------------------------------
+
+    def _masked(self, text: str, spans: list[Span]) -> Ids:
+        encoding = self._tokenized(text)
+        ids = np.asarray(encoding.ids, np.int32)
         offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
-        return ids, _token_mask(offsets, np.isin(ids, self._special_ids), spans, text)
+        return ids, _token_mask(offsets, np.isin(ids, self._special_ids), spans)
 
-    # -- rendering ------------------------------------------------------------------------------------------------
+    def _tokenized(self, text: str) -> Any:
+        """Tokens with offsets, from the backend alone: half the time of asking the tokenizer as well.
 
-    def _render(self, messages: Sequence[Message], tools: list[Any] | None, *, prompt: bool = False) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt
-            )
-        except _TEMPLATE_ERRORS as error:
-            raise BadRow(f"the chat template refuses the conversation: {error}") from error
+        Compared with the tokenizer's own tokens for the first conversations, and for every one with characters of a
+        block (128 code points) not seen before.
 
-    def _render_tagged(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]] | None]:
-        """The whole text, and the stretches inside ``{% generation %}`` tags; None where the template has none.
-
-        ``apply_chat_template(return_assistant_tokens_mask=True)`` is not used: it looks single characters up in
-        trimmed offsets, and learns everything up to the end of the text where a turn ends in a space.
+        Raises:
+            BadRow: they differ.
         """
-        template = self._template(bool(conversation.tools))
-        if not self.assistant_only or not _GENERATION_TAG.search(template):
-            return self._render(conversation.messages, conversation.tools), None
-        try:
-            rendered: Any = render_jinja_template(
-                [conversation.messages],
-                tools=conversation.tools,
-                chat_template=template,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
-        except _TEMPLATE_ERRORS as error:
-            raise BadRow(f"the chat template refuses the conversation: {error}") from error
-        texts, spans = rendered
-        return texts[0], [(start, stop) for start, stop in spans[0] if start < stop]
-
-    def _template(self, with_tools: bool) -> str:
-        return self.tokenizer.get_chat_template(tools=[{}] if with_tools else None)
-
-    # -- deriving the learned stretches ---------------------------------------------------------------------------
-
-    def _derived_spans(self, conversation: Conversation, text: str) -> list[tuple[int, int]]:
-        """``(start, stop)`` of what the assistant generates in ``text``, turn by turn."""
-        spans: list[tuple[int, int]] = []
-        for turn, message in enumerate(conversation.messages):
-            if message["role"] == "assistant":
-                try:
-                    span = self._span(conversation, text, turn)
-                except _NotDerivable as why:
-                    raise BadRow(f"turn {turn + 1}: {why}: {WAYS_OUT}") from None
-                if spans and span[0] < spans[-1][1]:
-                    raise BadRow(f"turn {turn + 1} overlaps the assistant turn before it: {WAYS_OUT}")
-                spans.append(span)
-        return spans
-
-    def _span(self, conversation: Conversation, text: str, turn: int) -> tuple[int, int]:
-        messages, tools = conversation.messages, conversation.tools
-        if turn == 0:
-            raise _NotDerivable("the conversation begins with the assistant, so there is no prompt to generate from")
-        placeholder = _placeholder(text)
-        replaced = _with_placeholder(messages[turn], placeholder)
-        before, after = self._around(placeholder, [*messages[:turn], replaced, *messages[turn + 1 :]], tools)
-        # What follows the placeholder up to the end of this very turn: nothing of the next turn is taken for its end.
-        rest = after
-        if turn + 1 < len(messages):
-            rest = self._around(placeholder, [*messages[:turn], replaced], tools)[1]
-        end_token = self._end_token(rest, anywhere=bool(messages[turn].get("tool_calls")))
-        if end_token is None:
-            raise _NotDerivable("no end-of-turn token (a special token of the tokenizer) follows the assistant's text")
-        start = self._start(messages[:turn], tools, text, before)
-        content_end = len(text) - len(after)
-        if not text.endswith(after) or not after.startswith(rest[:end_token]) or content_end < start:
-            raise _NotDerivable("the chat template writes the text around the assistant's content depending on it")
-        if not messages[turn].get("tool_calls"):
-            _require_content(messages[turn]["content"], text[start:content_end])
-        return start, content_end + end_token
-
-    def _start(self, earlier: list[Message], tools: list[Any] | None, text: str, before: str) -> int:
-        """Where the generation prompt ends; ``before`` is the text before the content's placeholder."""
-        prompt = self._render(earlier, tools, prompt=True)
-        without = self._render(earlier, tools)
-        if prompt == without and before[len(prompt) :].strip():
-            raise _NotDerivable("the chat template ignores add_generation_prompt but writes a header for the assistant")
-        if text.startswith(prompt):
-            return len(prompt)
-        # The template rewrites earlier turns. The prompt itself may still stand right before the content.
-        header = prompt[len(without) :]
-        if header and prompt.startswith(without) and before.endswith(header) and text.startswith(before):
-            return len(before)
-        raise _NotDerivable("the chat template does not write the generation prompt before the assistant's text")
-
-    def _around(self, placeholder: str, messages: list[Message], tools: list[Any] | None) -> tuple[str, str]:
-        parts = self._render(messages, tools).split(placeholder)
-        if len(parts) != 2:
-            raise _NotDerivable(f"the chat template writes the assistant's content {len(parts) - 1} times, not once")
-        return parts[0], parts[1]
-
-    def _end_token(self, rest: str, anywhere: bool) -> int | None:
-        """Characters of ``rest`` (what the template writes after the content) up to the end-of-turn token's end.
-
-        After content the token has to follow at once, white space aside. ``anywhere``: after tool calls it is the
-        last special token of the turn, with nothing but white space behind it.
-        """
-        if not anywhere:
-            match = self._leading_special.match(rest)
-            return match.end() if match else None
-        found = list(self._special.finditer(rest))
-        return found[-1].end() if found and not rest[found[-1].end() :].strip() else None
-
-    # -- the tokenizer's parts ------------------------------------------------------------------------------------
-
-    @cached_property
-    def _specials(self) -> str:
-        added = self.tokenizer.added_tokens_decoder.values()
-        texts = {token.content for token in added if token.special} | set(self.tokenizer.all_special_tokens)
-        return "|".join(re.escape(text) for text in sorted(filter(None, texts), key=len, reverse=True)) or "(?!)"
+        if not self.tokenizer.is_fast:
+            return self.tokenizer(text, add_special_tokens=False)
+        encoding = self._untrimmed.encode(text, add_special_tokens=False)
+        kinds = {ord(character) >> 7 for character in set(text)}
+        if self._proved < _PROVED or not kinds <= self._kinds_proved:
+            if self.tokenizer(text, add_special_tokens=False)["input_ids"] != encoding.ids:
+                raise BadRow(f"the tokenizer does not give the tokens that its backend gives: {WAYS_OUT}")
+            self._proved += 1
+            self._kinds_proved |= kinds
+        return encoding
 
     @cached_property
     def _special_ids(self) -> list[int]:
         return [number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special]
 
     @cached_property
-    def _special(self) -> re.Pattern[str]:
-        return re.compile(self._specials)
-
-    @cached_property
-    def _leading_special(self) -> re.Pattern[str]:
-        return re.compile(rf"\s*(?:{self._specials})")
+    def _leading_mark(self) -> re.Pattern[str]:
+        """A token that is never divided, white space before it aside."""
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        texts = sorted(filter(str.strip, added | set(self.tokenizer.all_special_tokens)), key=len, reverse=True)
+        return re.compile(rf"\s*(?:{'|'.join(map(re.escape, texts)) or '(?!)'})")
 
     @cached_property
     def _untrimmed(self) -> Tokenizer:
@@ -203,57 +174,77 @@ class ConversationTokenizer:
         backend.no_padding()
         backend.no_truncation()
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
+        backend.encode_special_tokens = bool(getattr(self.tokenizer, "split_special_tokens", False))
         return backend
 
 
-class _NotDerivable(Exception):
-    """Why a turn's learned stretch cannot be told exactly."""
+def _learns(conversation: Conversation, turn: int) -> bool:
+    return conversation.learn is None or conversation.learn[turn]
 
 
-def _placeholder(text: str) -> str:
-    """A word that ``text`` does not hold and that no template treats specially."""
-    number = 0
-    while (word := f"placeholder{number}end") in text:
-        number += 1
-    return word
+def _until(conversation: Conversation, turn: int) -> Conversation:
+    """The conversation up to this message."""
+    learn = None if conversation.learn is None else conversation.learn[: turn + 1]
+    return Conversation(
+        messages=conversation.messages[: turn + 1],
+        tools=conversation.tools,
+        learn=learn,
+        template_kwargs=conversation.template_kwargs,
+    )
 
 
-def _with_placeholder(message: Message, placeholder: str) -> Message:
-    """``message`` with the placeholder for its content, or for the name of its last tool call."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return {**message, "content": placeholder}
-    try:
-        last = calls[-1]
-        named = {"function": {**last["function"], "name": placeholder}} if "function" in last else {"name": placeholder}
-        return {**message, "tool_calls": [*calls[:-1], {**last, **named}]}
-    except (TypeError, KeyError, IndexError) as error:
-        raise BadRow("'tool_calls' is not a list of calls with a function's name") from error
+def _require_in_text(conversation: Conversation, text: str) -> None:
+    """Every answer and call is in the text, if it is all learned."""
+    for turn, message in enumerate(conversation.messages, 1):
+        if message["role"] == "assistant":
+            try:
+                require_written(message, text)
+            except NotDerivable as why:
+                raise BadRow(f"turn {turn}: {why}") from None
 
 
-def _require_content(content: str, body: str) -> None:
-    """``body``, the learned text, ends in the content; templates may strip it and leave earlier reasoning out."""
-    answer = content.rsplit("</think>", 1)[-1]
-    if not body.rstrip().endswith(answer.strip()):
-        raise _NotDerivable("the chat template changes the assistant's content")
-
-
-def _token_mask(offsets: np.ndarray, special: np.ndarray, spans: list[tuple[int, int]], text: str) -> np.ndarray:
-    """uint8 ``[T]``: 1 for the tokens with character offsets ``[T, 2]`` inside one of the spans.
-
-    ``special`` bool ``[T]``: special tokens. Some take the white space behind them along, beyond the span's end.
+def _tagged_turns(conversation: Conversation, text: str, stretches: list[Span]) -> dict[int, list[Span]]:
+    """Number of each assistant message -> its stretches, of those inside generation tags.
 
     Raises:
-        BadRow: another token lies on both sides of a span's start or end.
+        BadRow: an answer or call is not inside them, or they cannot be told apart.
+    """
+    turns = [n for n, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    found: dict[int, list[Span]] = {turn: [] for turn in turns}
+    rest = list(stretches)
+    for number, turn in enumerate(turns):
+        # A turn may have several stretches: it takes those up to the first with which it is complete.
+        least = 1 if len(stretches) >= len(turns) else 0
+        while not _complete(conversation.messages[turn], text, found[turn], least):
+            if not rest or len(rest) < len(turns) - number:
+                raise BadRow(
+                    f"turn {turn + 1}: what the assistant says is not inside the template's generation tags; "
+                    "mend the template (--chat-template FILE) or the row"
+                )
+            found[turn].append(rest.pop(0))
+    if turns and rest:
+        found[turns[-1]] += rest
+    return found
+
+
+def _complete(message: dict[str, Any], text: str, spans: list[Span], least: int) -> bool:
+    try:
+        require_written(message, "".join(text[start:stop] for start, stop in spans))
+    except NotDerivable:
+        return False
+    return len(spans) >= least
+
+
+def _token_mask(offsets: np.ndarray, special: np.ndarray, spans: list[Span]) -> np.ndarray:
+    """uint8 ``[T]``: 1 for the tokens with character offsets ``[T, 2]`` inside one of the spans.
+
+    A token that lies on both sides of a border is not learned: the assistant would not have generated it. ``special``
+    bool ``[T]``: special tokens; some take the white space behind them along, beyond the span's end, and are learned.
     """
     mask = np.zeros(len(offsets), np.uint8)
     begins, ends = offsets[:, 0], offsets[:, 1]
     for start, stop in spans:
-        for edge, may_cross in ((start, False), (stop, special & (begins >= start))):
-            # A token without characters at an edge could belong to either side.
-            crossing = ((begins < edge) & (edge < ends)) | ((begins == ends) & (begins == edge))
-            if (crossing & ~np.asarray(may_cross)).any():
-                around = text[max(edge - 10, 0) : edge + 10]
-                raise BadRow(f"a token crosses the border of what the assistant says, in {around!r}: {WAYS_OUT}")
-        mask[(begins >= start) & (begins < stop)] = 1
+        inside = (begins >= start) & (begins < stop) & ((ends <= stop) | special)
+        # A token without characters at the start could belong to either side.
+        mask[inside & ~((begins == ends) & (begins == start))] = 1
     return mask
