@@ -31,6 +31,7 @@ Span = tuple[int, int]
 """``(start, stop)`` in characters of the text"""
 _OPEN_MARK = re.compile(r"(<[^<>\s]*|\[[^\[\]\s]*)\Z")
 _MARK = re.compile(r"\s*<[|｜][^<>\n]{1,60}[|｜]>")
+_NEXT: Message = {"role": "user", "content": "next"}
 _BODY_KEYS = ("reasoning_content", "reasoning", "thinking")
 """where rows keep what the assistant thought before it answered"""
 
@@ -115,18 +116,27 @@ class SpanFinder:
         Where the prompt goes on otherwise than history (``<think>``), at the end of what they have in common.
         """
         replaced = [*self.messages[: turn - 1], self._replaced(self.messages[turn - 1])]
-        tail = self._tail([*replaced, *self.messages[turn:]])
-        prompt, without = self._tail(replaced, prompt=True), self._tail(replaced)
-        if prompt == without:
-            without = self._tail([*replaced, {"role": "user", "content": "next"}])
-        if tail is None or prompt is None or without is None or not self.text.endswith(tail):
+        tail, prompt = self._tail([*replaced, *self.messages[turn:]]), self._tail(replaced, prompt=True)
+        if tail is None or prompt is None or not self.text.endswith(tail):
             return None
         common = len(commonprefix([tail, prompt]))
         if common < len(prompt):
             common = _before_open_mark(tail[:common])
-            if common <= len(commonprefix([prompt, without])):
+            if not self._in_header(turn, replaced, prompt, common):
                 return None
         return len(self.text) - len(tail) + common
+
+    def _in_header(self, turn: int, replaced: list[Message], prompt: str, common: int) -> bool:
+        """Whether the first ``common`` characters of ``prompt`` reach into the assistant's header, or to its answer."""
+        without = self._tail(replaced)
+        if without == prompt:
+            without = self._tail([*replaced, _NEXT])
+        if without is None:
+            return False
+        shared = _before_open_mark(commonprefix([prompt, without]))
+        answered = self._tail([*replaced, {"role": "assistant", "content": "answer"}])
+        at_once = answered is not None and answered[common:].lstrip().startswith("answer")
+        return common > shared or (common == shared and at_once)
 
     def _start_at_header(self, turn: int) -> int | None:
         """The start, where the assistant's header stands before the turn's own placeholder."""
@@ -174,11 +184,11 @@ class SpanFinder:
         """The beginning of ``after`` that belongs to this turn."""
         alone = [*self.messages[:turn], self._replaced(self.messages[turn])]
         asked, last = self._asked(turn, alone), self._tail(alone)
-        if asked is not None and asked.strip() and after.startswith(asked):
+        if asked is not None and asked.strip() and after.startswith(asked) and self._continues(alone, asked):
             return asked
         if last is not None and after.startswith(last) and self._continues(alone, last):
             return last
-        if asked is not None and after.startswith(asked):
+        if asked is not None and not asked.strip() and after.startswith(asked):
             return asked
         header = self._header(turn)
         followed = turn + 1 < len(self.messages) and self.messages[turn + 1]["role"] == "assistant"
@@ -187,10 +197,34 @@ class SpanFinder:
         if self.messages[turn].get("tool_calls"):
             # The end of an answer, at its first place behind the call.
             plain = [*self.messages[:turn], self._plain(self.messages[turn])]
-            ends = [end for end in (self._asked(turn, plain), self._tail(plain)) if end and end.strip() and end in after]
-            if ends:
-                return after[: after.index(ends[0]) + len(ends[0])]
+            mark = self.marks.match(self._tail([*plain, _NEXT]) or "")
+            ends = (self._asked(turn, plain), self._tail(plain), mark.group() if mark else None)
+            for end in ends:
+                if end and end.strip() and end in after:
+                    return after[: after.index(end) + len(end)]
+        always = self._before_shared_header(alone, last) if last is not None and asked in (last, None) else None
+        if always and after.startswith(always):
+            return always
         raise NotDerivable("what follows the assistant's text cannot be told from the next message's header")
+
+    def _before_shared_header(self, messages: list[Message], last: str) -> str | None:
+        """What closes the last of ``messages`` where the template writes the next prompt behind every conversation.
+
+        A following question and that prompt have the close in common, and the mark that headers begin with: the same
+        that the conversation begins with.
+        """
+        followed = self._tail([*messages, _NEXT])
+        if followed is None:
+            return None
+        common = commonprefix([followed, last])
+        common = common[: _before_open_mark(common)]
+        marks = list(self.marks.finditer(common))
+        first = self.marks.match(self.text)
+        beginnings = [self.text, self.text[first.end() :]] if first else []
+        if not marks or marks[-1].end() != len(common):
+            return None
+        header = marks[-1].group().strip()
+        return common[: -len(header)] if any(b.startswith(header) for b in beginnings) else None
 
     def _asked(self, turn: int, messages: list[Message]) -> str | None:
         """What closes the last of ``messages`` where the next answer is asked for."""
@@ -202,12 +236,14 @@ class SpanFinder:
 
         A following question shows the close in history; one mark may be another at the end (gpt-oss).
         """
-        followed = self._tail([*messages, {"role": "user", "content": "next"}])
+        followed = self._tail([*messages, _NEXT])
         if followed is None or followed.startswith(last):
             return True
         common = _before_open_mark(commonprefix([followed, last]))
         mark = self.marks.match(last[common:])
-        return mark is not None and not last[common + mark.end() :].strip()
+        if mark is not None:
+            common += mark.end()
+        return not last[common:].strip() or (mark is None and not self.marks.search(last[common:]))
 
     def _closes_nothing(self, turn: int) -> bool:
         """Whether the template writes no end of a turn: what stands behind a call is then the call's own."""
@@ -229,8 +265,7 @@ class SpanFinder:
         header = self._header(turn)
         followed = rest
         if not rest.strip():
-            probe = [*self.messages[:turn], self._replaced(self.messages[turn]), {"role": "user", "content": "next"}]
-            followed = (self._tail(probe) or "")[len(closing) :]
+            followed = self._tail([*self.messages[:turn], self._plain(self.messages[turn]), _NEXT]) or ""
         mark = self.marks.match(followed) or _MARK.match(followed)
         own = self.marks.match(header) or _MARK.match(header)
         next_role = self.messages[turn + 1]["role"] if turn + 1 < len(self.messages) else "user"
