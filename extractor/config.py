@@ -5,9 +5,11 @@ Nothing heavy is imported here: a wrong option is refused before torch is loaded
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,6 +20,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Codec = Literal["raw", "zbits", "fp8"]
 RowFormat = Literal["messages", "conversations", "prompt-response", "preference", "input_ids", "text"]
 LossOn = Literal["assistant", "all", "column"]
+Turns = Literal["all", "last", "each"]
 TooLong = Literal["truncate", "drop"]
 OnBadRow = Literal["fail", "skip"]
 OnNonfinite = Literal["fail", "quarantine"]
@@ -31,6 +34,14 @@ FIELDS = (
 )
 """What a row can hold for us, whatever the data calls it; --columns says so."""
 
+NOT_FOR_TEMPLATES = frozenset(
+    (
+        *("messages", "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt"),
+        *("return_dict", "continue_final_message", "return_tensors", "return_assistant_tokens_mask"),
+        *("tokenizer_kwargs", "strftime_now"),
+    )
+)
+"""What the one who renders decides, not the variables of a chat template."""
 DEFAULT_BATCH_TOKENS = 8192
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -56,6 +67,8 @@ class TargetOptions:
     """auto: a target too large for one device is divided over several, layer by layer (accelerate)"""
     tp_plan: str | None = None
     """auto: divided over all processes of torchrun (tensor parallelism)"""
+    chat_template: Path | None = None
+    """file with the chat template to use in place of the tokenizer's own"""
     compile: bool = False
     """torch.compile the decoder layers"""
     deterministic: bool = False
@@ -72,6 +85,8 @@ class TargetOptions:
             raise InputError("--tp-plan and --device-map both divide the target; give one of them")
         if self.tp_plan and self.adapter is not None:
             raise InputError("--tp-plan divides no adapter; save the target with it merged in, and leave out --adapter")
+        if self.chat_template is not None and not self.chat_template.is_file():
+            raise InputError(f"--chat-template {self.chat_template}: no such file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,22 +126,70 @@ class PrepareOptions:
     """None: told from the columns"""
     columns: tuple[tuple[str, str], ...] = ()
     """(field, column) of --columns: what the data calls what we look for"""
+    turns: str = "all"
+    """all: a conversation is one sample, its assistant turns learned as they are rendered there; last: learned is the
+    last one; each: a sample for each, its context the prompt that the target would see"""
+    chat_template_kwargs: str | None = None
+    """JSON object of variables for the chat template, such as ``{"enable_thinking": false}``"""
+    system_prompt: str | None = None
+    """of conversations that have no system message"""
+    template_date: str | None = None
+    """YYYY-MM-DD: what a chat template that asks for the date is told; None: the day on which the cache is begun"""
     on_bad_row: str = "fail"
     """fail, or skip: count it as dropped"""
     limit: int | None = None
     """only the first rows of the dataset; given to the source"""
 
+    num_embeddings: int | None = None
+    """rows of the target's embedding, which token ids have to be below; not an option, the job knows it"""
+
     def __post_init__(self) -> None:
+        _require_choice("--turns", self.turns, Turns)
         _require_choice("--too-long", self.too_long, TooLong)
         _require_choice("--on-bad-row", self.on_bad_row, OnBadRow)
         if self.loss_on is not None:
             _require_choice("--loss-on", self.loss_on, LossOn)
         if self.row_format is not None:
             _require_choice("--row-format", self.row_format, RowFormat)
+        _ = self.template_kwargs, self.today
         for name, least in (("max_length", 1), ("min_loss_tokens", 0), ("limit", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """``chat_template_kwargs`` as an object.
+
+        Raises:
+            InputError: it is none, or sets what is not for it to say.
+        """
+        text = self.chat_template_kwargs
+        if text is None:
+            return {}
+        try:
+            kwargs = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"--chat-template-kwargs {text!r} is not JSON: {error}") from error
+        if not isinstance(kwargs, dict):
+            raise InputError(
+                f'--chat-template-kwargs {text!r} is not a JSON object, such as {{"enable_thinking": false}}'
+            )
+        if taken := sorted(kwargs.keys() & NOT_FOR_TEMPLATES):
+            raise InputError(f"--chat-template-kwargs sets {taken[0]!r}, which the rows or other options say")
+        return kwargs
+
+    @property
+    def today(self) -> date | None:
+        """``template_date`` as a date.
+
+        Raises:
+            InputError: it is none.
+        """
+        try:
+            return None if self.template_date is None else date.fromisoformat(self.template_date)
+        except ValueError as error:
+            raise InputError(f"--template-date {self.template_date!r}: write YYYY-MM-DD, such as 2026-01-31") from error
 
 
 @dataclass(frozen=True, kw_only=True)

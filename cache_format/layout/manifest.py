@@ -72,6 +72,9 @@ class DataInfo:
     """reason -> rows"""
     bad_rows: dict[str, BadRows] = field(default_factory=dict, metadata=LATER)
     """what ``bad_row`` of these is made of: class of what is wrong with a row -> how many, and the first"""
+    noted: dict[str, int] = field(default_factory=dict, metadata=LATER)
+    """what is missing from samples that were kept, such as ``reasoning_left_out`` (turns whose reasoning the chat
+    template does not write) -> how often"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,9 +72,18 @@ class Dropped(Counter[str]):
     bad_rows: dict[str, BadRows]
     """what ``bad_row`` is made of: class of what is wrong with a row -> how many, and the first"""
 
-    def __init__(self, counts: Mapping[str, int] | None = None, bad_rows: Mapping[str, BadRows] | None = None):
+    noted: Counter[str]
+    """what is missing from samples that were kept, such as ``reasoning_left_out`` -> how often"""
+
+    def __init__(
+        self,
+        counts: Mapping[str, int] | None = None,
+        bad_rows: Mapping[str, BadRows] | None = None,
+        noted: Mapping[str, int] | None = None,
+    ):
         super().__init__(counts or {})
         self.bad_rows = dict(bad_rows or {})
+        self.noted = Counter(noted or {})
 
     def count_bad_row(self, reason: str, where: str) -> None:
         """Count one more, which comes after all that are counted."""
@@ -84,6 +93,7 @@ class Dropped(Counter[str]):
     def add(self, later: Dropped) -> None:
         """Count those of rows that come after these."""
         self.update(later)
+        self.noted.update(later.noted)
         for reason, rows in later.bad_rows.items():
             self._add(reason, rows)
 
@@ -103,13 +113,21 @@ class PartInfo:
     """digest of the data, tokenizer and options that decided the samples; "" in parts of earlier versions"""
     bad_rows: Mapping[str, BadRows] = field(default_factory=dict)
     """see :class:`Dropped`; empty in parts of earlier versions"""
+    noted: Mapping[str, int] = field(default_factory=dict)
+    """see :class:`Dropped`; empty in parts of earlier versions"""
 
     def __post_init__(self) -> None:
-        whole = all(isinstance(v, int) and v >= 0 for v in (self.first_row, self.stop_row, *self.dropped.values()))
+        counts = (*self.dropped.values(), *self.noted.values())
+        whole = all(isinstance(v, int) and v >= 0 for v in (self.first_row, self.stop_row, *counts))
         if not whole or self.stop_row < self.first_row:
             raise ValueError("rows and counts must be whole numbers >= 0, first_row <= stop_row")
         if not isinstance(self.made_for, str):
             raise ValueError("made_for must be text")
+
+    @staticmethod
+    def of(first_row: int, stop_row: int, dropped: Dropped, made_for: str) -> PartInfo:
+        """The information of a part with all that ``dropped`` counts."""
+        return PartInfo(first_row, stop_row, dropped, made_for, dropped.bad_rows, dropped.noted)
 
 
 def part_path(folder: Path, number: int) -> Path:
@@ -141,6 +159,7 @@ def write_part(path: Path, samples: Sequence[Sample], info: PartInfo) -> None:
         "stop_row": info.stop_row,
         "dropped": dict(sorted(info.dropped.items())),
         "bad_rows": {reason: asdict(rows) for reason, rows in sorted(info.bad_rows.items())},
+        "noted": dict(sorted(info.noted.items())),
         "made_for": info.made_for,
     }
     schema = SCHEMA.with_metadata({_META: json.dumps(meta).encode()})
@@ -157,7 +176,8 @@ def read_part(path: Path) -> tuple[pa.RecordBatch, PartInfo]:
     try:
         meta = json.loads(metadata[_META])
         bad_rows = {reason: BadRows(**rows) for reason, rows in meta.get("bad_rows", {}).items()}
-        info = PartInfo(meta["first_row"], meta["stop_row"], dict(meta["dropped"]), meta.get("made_for", ""), bad_rows)
+        dropped = Dropped(dict(meta["dropped"]), bad_rows, meta.get("noted", {}))
+        info = PartInfo.of(meta["first_row"], meta["stop_row"], dropped, meta.get("made_for", ""))
         batch.validate(full=True)
     except (pa.ArrowException, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CacheError(path, f"cannot be read as prepared samples: {error}") from None
@@ -185,7 +205,7 @@ class PreparedSamples:
             if info.first_row != self.num_rows:
                 raise CacheError(part_path(folder, number), f"begins at row {info.first_row}, not at {self.num_rows}")
             self.num_rows = info.stop_row
-            self.dropped.add(Dropped(info.dropped, info.bad_rows))
+            self.dropped.add(Dropped(info.dropped, info.bad_rows, info.noted))
             self._parts.append(batch)
         self._starts = np.concatenate([[0], np.cumsum([b.num_rows for b in self._parts])]).astype(np.int64)
 

@@ -13,6 +13,8 @@ from extractor.cli.extract_options import extract_options
 from extractor.cli.options import (
     BatchTokens,
     Capture,
+    ChatTemplate,
+    ChatTemplateKwargs,
     Codec,
     Columns,
     Data,
@@ -33,10 +35,13 @@ from extractor.cli.options import (
     ShardSize,
     Split,
     Streaming,
+    SystemPrompt,
     Target,
     TargetLayers,
+    TemplateDate,
     TooLong,
     TrustRemoteCode,
+    Turns,
 )
 from extractor.cli.output import show
 
@@ -61,6 +66,11 @@ def estimate(
     row_format: RowFormat = None,
     columns: Columns = None,
     loss_on: LossOn = None,
+    turns: Turns = "all",
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    system_prompt: SystemPrompt = None,
+    template_date: TemplateDate = None,
     max_length: MaxLength = 4096,
     too_long: TooLong = "truncate",
     min_loss_tokens: MinLossTokens = 1,

@@ -131,6 +131,45 @@ LossOn = Annotated[
         show_default=False,
     ),
 ]
+Turns = Annotated[
+    config.Turns,
+    typer.Option(
+        help="all: a conversation is one sample, every assistant turn learned as it is rendered there. last: only the "
+        "last one is learned. each: a sample for every assistant turn, its context exactly the prompt that the target "
+        "would see; for templates that leave earlier reasoning out.",
+        rich_help_panel=_SAMPLES,
+    ),
+]
+ChatTemplate = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with a chat template (Jinja) to use in place of the tokenizer's own.",
+        rich_help_panel=_SAMPLES,
+        show_default=False,
+    ),
+]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option(
+        help="JSON object of variables for the chat template, such as '{\"enable_thinking\": false}'. A row's own "
+        "chat_template_kwargs come first.",
+        rich_help_panel=_SAMPLES,
+        show_default=False,
+    ),
+]
+SystemPrompt = Annotated[
+    str | None,
+    typer.Option(help="System message for conversations that have none.", rich_help_panel=_SAMPLES, show_default=False),
+]
+TemplateDate = Annotated[
+    str | None,
+    typer.Option(
+        help="The date that a chat template writes if it asks for one, as YYYY-MM-DD; kept for the whole cache. "
+        "Default: the day on which the cache is begun.",
+        rich_help_panel=_SAMPLES,
+        show_default=False,
+    ),
+]
 MaxLength = Annotated[int, typer.Option(min=1, help="Tokens of the longest sample.", rich_help_panel=_SAMPLES)]
 TooLong = Annotated[
     config.TooLong,

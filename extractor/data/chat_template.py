@@ -12,8 +12,8 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from cache_format.errors import InputError
+from extractor.data.bad_row import BadRow
 from extractor.data.conversation import Conversation, Message
-from extractor.data.dataset import BadRow
 
 _DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -96,9 +96,9 @@ class ChatTemplate:
     def fitted(self, conversation: Conversation) -> Conversation:
         """``conversation`` in the form that this template expects: the first of a few that it writes whole.
 
-        Most templates take the arguments of tool calls as an object, as vLLM and SGLang give them; a few (DeepSeek-V3's)
-        join JSON text to the text around it: they raise for an object, or write it as Python does. Templates of
-        multimodal models want content in parts.
+        Most templates take the arguments of tool calls as an object, as vLLM and SGLang give them; a few
+        (DeepSeek-V3's) join JSON text to the text around it: they raise for an object, or write it as Python does.
+        Templates of multimodal models want content in parts.
 
         Raises:
             BadRow: the template refuses every form.
@@ -125,7 +125,7 @@ class ChatTemplate:
             return render()
         except BadRow:
             raise
-        except (Exception, RecursionError, MemoryError) as error:
+        except Exception as error:
             # A template is a program: it may raise anything.
             raise BadRow(f"the chat template refuses the conversation: {error or type(error).__name__}") from error
 

@@ -9,18 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from extractor.config import NOT_FOR_TEMPLATES
 from extractor.data.bad_row import BadRow, LeftOut
 from extractor.data.forms import MEDIA, Form
 from extractor.data.transcript import turns_of_transcript
 from extractor.data.turns import Message, Turn, calls_of, content_of, from_json, held_turns, kind_of, turns_of
 
 Row = Mapping[str, Any]
-
-_NOT_FOR_TEMPLATES = {
-    *("messages", "conversation", "tools", "chat_template", "tokenize", "add_generation_prompt", "return_dict"),
-    *("continue_final_message", "return_tensors", "return_assistant_tokens_mask", "tokenizer_kwargs"),
-}
-"""What the one who renders decides, not a row's ``chat_template_kwargs``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +273,7 @@ def _template_kwargs(kwargs: Any, documents: Any) -> dict[str, Any]:
     if kwargs and not isinstance(kwargs, Mapping):
         raise BadRow(f"'chat_template_kwargs' is {kind_of(kwargs)}, not an object")
     found = dict(kwargs or {})
-    if taken := sorted(found.keys() & _NOT_FOR_TEMPLATES):
+    if taken := sorted(found.keys() & NOT_FOR_TEMPLATES):
         raise BadRow(f"'chat_template_kwargs' sets {taken[0]!r}, which is not for a row to say")
     if documents:
         documents = from_json(documents, "'documents'") if isinstance(documents, str) else documents

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from os.path import commonprefix
 from typing import Any
 
+from extractor.data.bad_row import BadRow
 from extractor.data.chat_template import content_text, function_of, with_function
 from extractor.data.conversation import Message
-from extractor.data.dataset import BadRow
 
 WAYS_OUT = (
     "add {% generation %} tags to the chat template (--chat-template FILE), use --loss-on all, "
@@ -119,7 +118,7 @@ class SpanFinder:
         tail, prompt = self._tail([*replaced, *self.messages[turn:]]), self._tail(replaced, prompt=True)
         if tail is None or prompt is None or not self.text.endswith(tail):
             return None
-        common = len(commonprefix([tail, prompt]))
+        common = len(_common(tail, prompt))
         if common < len(prompt):
             common = _before_open_mark(tail[:common])
             if not self._in_header(turn, replaced, prompt, common):
@@ -133,7 +132,7 @@ class SpanFinder:
             without = self._tail([*replaced, _NEXT])
         if without is None:
             return False
-        shared = _before_open_mark(commonprefix([prompt, without]))
+        shared = _before_open_mark(_common(prompt, without))
         answered = self._tail([*replaced, {"role": "assistant", "content": "answer"}])
         at_once = answered is not None and answered[common:].lstrip().startswith("answer")
         return common > shared or (common == shared and at_once)
@@ -152,7 +151,7 @@ class SpanFinder:
         """What ``add_generation_prompt`` adds for this turn."""
         prompt, without = self.render(self.messages[:turn], prompt=True), self.render(self.messages[:turn])
         # Some templates write an end of text where no prompt is asked for.
-        return prompt[_before_open_mark(commonprefix([prompt, without])) :]
+        return prompt[_before_open_mark(_common(prompt, without)) :]
 
     # -- the stop ---------------------------------------------------------------------------------------------------
 
@@ -216,7 +215,7 @@ class SpanFinder:
         followed = self._tail([*messages, _NEXT])
         if followed is None:
             return None
-        common = commonprefix([followed, last])
+        common = _common(followed, last)
         common = common[: _before_open_mark(common)]
         marks = list(self.marks.finditer(common))
         first = self.marks.match(self.text)
@@ -239,7 +238,7 @@ class SpanFinder:
         followed = self._tail([*messages, _NEXT])
         if followed is None or followed.startswith(last):
             return True
-        common = _before_open_mark(commonprefix([followed, last]))
+        common = _before_open_mark(_common(followed, last))
         mark = self.marks.match(last[common:])
         if mark is not None:
             common += mark.end()
@@ -269,7 +268,8 @@ class SpanFinder:
         mark = self.marks.match(followed) or _MARK.match(followed)
         own = self.marks.match(header) or _MARK.match(header)
         next_role = self.messages[turn + 1]["role"] if turn + 1 < len(self.messages) else "user"
-        if mark is None or (own is not None and mark.group().strip() == own.group().strip() and next_role != "assistant"):
+        of_any_role = mark is not None and own is not None and mark.group().strip() == own.group().strip()
+        if mark is None or (of_any_role and next_role != "assistant"):
             raise NotDerivable("no end-of-turn token follows the assistant's text")
         return content_end if not rest.strip() or next_role == "assistant" else stop + mark.end()
 
@@ -280,7 +280,7 @@ class SpanFinder:
         calls = message.get("tool_calls")
         if not calls:
             parts = [{"type": "text", "text": self.placeholder}]
-            return {**message, "content": parts if isinstance(message["content"], list) else self.placeholder}
+            return {**message, "content": parts if isinstance(message.get("content"), list) else self.placeholder}
         if not isinstance(calls, list):
             raise BadRow("'tool_calls' is not a list of calls with a function's name")
         function = function_of(calls[-1])
@@ -288,7 +288,7 @@ class SpanFinder:
 
     def _plain(self, message: Message) -> Message:
         """An answer without calls or reasoning."""
-        return self._replaced({"role": "assistant", "content": message["content"]})
+        return self._replaced({"role": "assistant", "content": message.get("content")})
 
     def _argued(self, function: dict[str, Any]) -> dict[str, Any]:
         arguments = function.get("arguments")
@@ -319,6 +319,15 @@ def _placeholder(text: str) -> str:
     while (word := f"placeholder{number}end") in text:
         number += 1
     return word
+
+
+def _common(one: str, other: str) -> str:
+    """What both begin with."""
+    least, most = 0, min(len(one), len(other))
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if one[:middle] == other[:middle] else (least, middle - 1)
+    return one[:least]
 
 
 def _before_open_mark(text: str) -> int:

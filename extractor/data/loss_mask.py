@@ -8,8 +8,8 @@ between renderings (learned_spans.py). Either way what they hold is compared wit
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,9 +17,9 @@ import numpy as np
 from tokenizers import Tokenizer, processors
 
 from cache_format.errors import InputError
-from extractor.data.chat_template import ChatTemplate
+from extractor.data.bad_row import BadRow
+from extractor.data.chat_template import ChatTemplate, content_text
 from extractor.data.conversation import Conversation, check_text
-from extractor.data.dataset import BadRow
 from extractor.data.learned_spans import (
     WAYS_OUT,
     NotDerivable,
@@ -35,19 +35,21 @@ _PROVED = 32
 """conversations whose tokens are compared with the tokenizer's own, before its backend alone is trusted"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """What one conversation gives."""
+class Encoded(list[Ids]):
+    """The samples of one row, and what of the row is not in them."""
 
-    samples: list[Ids]
-    reasoning_left_out: int = 0
-    """learned turns whose reasoning the template did not write"""
+    def __init__(self, samples: Iterable[Ids] = (), notes: Iterable[str] = ()):
+        """``notes``: names of what the row has and no sample does, such as ``reasoning_left_out``, once a turn."""
+        super().__init__(samples)
+        self.notes = list(notes)
 
 
 class ConversationTokenizer:
     """Conversations -> token ids and loss masks, with the chat template of one tokenizer."""
 
-    def __init__(self, template: ChatTemplate, *, assistant_only: bool, turns: str = "all", system_prompt: str | None = None):
+    def __init__(
+        self, template: ChatTemplate, *, assistant_only: bool, turns: str = "all", system_prompt: str | None = None
+    ):
         """Args:
             template: of a transformers tokenizer.
             assistant_only: False learns every token.
@@ -76,14 +78,13 @@ class ConversationTokenizer:
         conversation = self.template.fitted(self._with_system(conversation))
         if self.turns == "all":
             return self._sample(conversation, None)
-        learned = [n for n, m in enumerate(conversation.messages) if m["role"] == "assistant" and _learns(conversation, n)]
+        learned = [
+            n for n, m in enumerate(conversation.messages) if m["role"] == "assistant" and _learns(conversation, n)
+        ]
         if self.turns == "last":
             learned = learned[-1:]
         parts = [self._sample(_until(conversation, turn), turn) for turn in learned]
-        return Encoded(
-            samples=[sample for part in parts for sample in part.samples],
-            reasoning_left_out=sum(part.reasoning_left_out for part in parts),
-        )
+        return Encoded((sample for part in parts for sample in part), (note for part in parts for note in part.notes))
 
     def _with_system(self, conversation: Conversation) -> Conversation:
         first = conversation.messages[0]["role"]
@@ -91,12 +92,7 @@ class ConversationTokenizer:
             return conversation
         message = {"role": "system", "content": self.system_prompt}
         learn = None if conversation.learn is None else (False, *conversation.learn)
-        return Conversation(
-            messages=[message, *conversation.messages],
-            tools=conversation.tools,
-            learn=learn,
-            template_kwargs=conversation.template_kwargs,
-        )
+        return replace(conversation, messages=[message, *conversation.messages], learn=learn)
 
     def _sample(self, conversation: Conversation, only: int | None) -> Encoded:
         """One sample, with every turn learned, or only the one of this number."""
@@ -107,18 +103,17 @@ class ConversationTokenizer:
         else:
             text, stretches = self.template.render(conversation, messages), []
         check_text(text)
+        _require_context(conversation, text)
         if not self.assistant_only:
             _require_in_text(conversation, text)
             ids = self._tokenized(text).ids
-            return Encoded(samples=[(np.asarray(ids, np.int32), np.ones(len(ids), np.uint8))])
+            return Encoded([(np.asarray(ids, np.int32), np.ones(len(ids), np.uint8))])
         turns = _tagged_turns(conversation, text, stretches) if tagged else self._derived(conversation, text)
         learned = {n: s for n, s in turns.items() if _learns(conversation, n) and (only is None or n == only)}
-        left_out = sum(
-            reasoning_left_out(messages[n], "".join(text[a:b] for a, b in spans)) for n, spans in learned.items()
-        )
+        said = {n: "".join(text[start:stop] for start, stop in spans) for n, spans in learned.items()}
         return Encoded(
-            samples=[self._masked(text, [span for spans in learned.values() for span in spans])],
-            reasoning_left_out=left_out,
+            [self._masked(text, [span for spans in learned.values() for span in spans])],
+            ["reasoning_left_out" for n, body in said.items() if reasoning_left_out(messages[n], body)],
         )
 
     def _derived(self, conversation: Conversation, text: str) -> dict[int, list[Span]]:
@@ -185,12 +180,22 @@ def _learns(conversation: Conversation, turn: int) -> bool:
 def _until(conversation: Conversation, turn: int) -> Conversation:
     """The conversation up to this message."""
     learn = None if conversation.learn is None else conversation.learn[: turn + 1]
-    return Conversation(
-        messages=conversation.messages[: turn + 1],
-        tools=conversation.tools,
-        learn=learn,
-        template_kwargs=conversation.template_kwargs,
-    )
+    return replace(conversation, messages=conversation.messages[: turn + 1], learn=learn)
+
+
+def _require_context(conversation: Conversation, text: str) -> None:
+    """Check that the template writes what is said to the assistant: some have no place for a system message.
+
+    Templates may strip or escape a text, so its longest word stands for it.
+
+    Raises:
+        BadRow: a system or user message is not in the text.
+    """
+    for turn, message in enumerate(conversation.messages, 1):
+        if message["role"] in ("system", "developer", "user"):
+            words = content_text(message).split()
+            if words and max(words, key=len) not in text:
+                raise BadRow(f"turn {turn}: the chat template leaves out what the {message['role']} says")
 
 
 def _require_in_text(conversation: Conversation, text: str) -> None:

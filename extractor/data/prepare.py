@@ -16,9 +16,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -29,18 +29,16 @@ from cache_format.layout.samples import Dropped, PartInfo, Sample, part_path, re
 from cache_format.storage.commit import make_folder
 from extractor.config import PrepareOptions
 from extractor.data.bad_row import BadRow, LeftOut, guarded
+from extractor.data.chat_template import ChatTemplate
 from extractor.data.conversation import Conversation, check_text, conversation_of, text_of
 from extractor.data.dataset import RawRow, Rows, RowSource, parse_row
 from extractor.data.forms import FORMATS, Form, form_of, named_for
-from extractor.data.loss_mask import ConversationTokenizer
+from extractor.data.loss_mask import ConversationTokenizer, Encoded, Ids
 from extractor.data.token_row import ids_of
 
 ROWS_PER_PART = 4096
 ROWS_WORTH_A_PROCESS = 4 * ROWS_PER_PART
 """A process takes seconds to start (imports, tokenizer); fewer rows are done sooner without it."""
-
-Ids = tuple[np.ndarray, np.ndarray]
-"""input_ids int32 ``[T]``, loss_mask uint8 ``[T]``"""
 
 
 def prepare_rows(rows: Rows, tokenizer: Any, options: PrepareOptions) -> tuple[list[Sample], Dropped]:
@@ -67,6 +65,7 @@ def prepare_rows(rows: Rows, tokenizer: Any, options: PrepareOptions) -> tuple[l
                 ) from problem
             dropped.count_bad_row(problem.reason, rows.where(number))
             continue
+        dropped.noted.update(encoded.notes)
         if not encoded:
             dropped["empty"] += 1
         for ids, mask in encoded:
@@ -113,7 +112,7 @@ def form_of_source(columns: tuple[str, ...], options: PrepareOptions) -> Form:
 
 
 @lru_cache(maxsize=64)
-def encoder(tokenizer: Any, options: PrepareOptions, columns: tuple[str, ...]) -> Callable[[RawRow | None], list[Ids]]:
+def encoder(tokenizer: Any, options: PrepareOptions, columns: tuple[str, ...]) -> Callable[[RawRow | None], Encoded]:
     """The function from a raw row to the ids and masks of its samples; kept for the next rows with the same arguments.
 
     They are whole: not cut to ``max_length``. The function raises BadRow, whatever is wrong with a row, and LeftOut.
@@ -123,27 +122,48 @@ def encoder(tokenizer: Any, options: PrepareOptions, columns: tuple[str, ...]) -
     """
     form = form_of_source(columns, options)
     loss_on = _loss_on(form, options.loss_on, columns)
+    parsed = partial(_parsed, tokenizer, options.num_embeddings)
     if form.row_format == "input_ids":
-        return _parsed(lambda row: [ids_of(form.renamed(row), len(tokenizer), loss_on, tokenizer.pad_token_id)])
+        return parsed(lambda row: [ids_of(form.renamed(row), len(tokenizer), loss_on, tokenizer.pad_token_id)])
     if form.row_format == "text":
-        return _parsed(lambda row: [_all_learned(_token_ids(tokenizer, text_of(row, form.column("text"))))])
+        return parsed(lambda row: [_all_learned(_token_ids(tokenizer, text_of(row, form.column("text"))))])
     if "response" in FORMATS[form.row_format] and not tokenizer.chat_template:
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has neither a chat template nor an eos token to end a response with")
-        return _parsed(lambda row: [_prompt_response(tokenizer, conversation_of(row, form), loss_on)])
-    to_ids = ConversationTokenizer(tokenizer, assistant_only=loss_on == "assistant")
-    return _parsed(lambda row: [to_ids(conversation_of(row, form))])
+        return parsed(lambda row: [_prompt_response(tokenizer, conversation_of(row, form), loss_on)])
+    to_samples = ConversationTokenizer(
+        ChatTemplate(tokenizer, kwargs=options.template_kwargs, today=options.today),
+        assistant_only=loss_on == "assistant",
+        turns=options.turns,
+        system_prompt=options.system_prompt,
+    )
+    return parsed(lambda row: to_samples(conversation_of(row, form)))
 
 
-def _parsed(encode: Callable[[dict[str, Any]], list[Ids]]) -> Callable[[RawRow | None], list[Ids]]:
-    def encode_raw(raw: RawRow | None) -> list[Ids]:
+def _parsed(
+    tokenizer: Any, num_embeddings: int | None, encode: Callable[[dict[str, Any]], list[Ids]]
+) -> Callable[[RawRow | None], Encoded]:
+    def encode_raw(raw: RawRow | None) -> Encoded:
         if raw is None:
             raise LeftOut("is left out by its source's weight", "by_weight")
         with guarded():
             row = parse_row(raw)
-            return encode(row) if row is not None else []
+            encoded = encode(row) if row is not None else []
+            for ids, _ in encoded:
+                if num_embeddings is not None and len(ids) and ids.max() >= num_embeddings:
+                    _refuse_token(tokenizer, int(ids.max()), num_embeddings)
+            return encoded if isinstance(encoded, Encoded) else Encoded(encoded)
 
     return encode_raw
+
+
+def _refuse_token(tokenizer: Any, token: int, num_embeddings: int) -> NoReturn:
+    written = tokenizer.convert_ids_to_tokens(token) if token < len(tokenizer) else None
+    raise BadRow(
+        f"the token {token}{f' ({written!r})' if written else ''} is beyond the target's embedding of "
+        f"{num_embeddings:,} rows: do tokenizer and target belong together?",
+        "a token is beyond the target's embedding",
+    )
 
 
 def _loss_on(form: Form, loss_on: str | None, columns: tuple[str, ...]) -> str:
@@ -287,7 +307,7 @@ class _How:
 def _write_rows(rows: Rows, how: _How, path: Path) -> tuple[int, int]:
     """Write one part; (rows, samples) of it."""
     samples, dropped = prepare_rows(rows, how.tokenizer, how.options)
-    write_part(path, samples, PartInfo(rows.first, rows.first + len(rows), dropped, how.made_for, dropped.bad_rows))
+    write_part(path, samples, PartInfo.of(rows.first, rows.first + len(rows), dropped, how.made_for))
     return len(rows), len(samples)
 
 

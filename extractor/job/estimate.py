@@ -76,9 +76,10 @@ def estimate(options: ExtractOptions) -> Estimate:
     shape = TargetShape.from_config(config)
     layer_ids = chosen_layer_ids(target, shape.num_hidden_layers)
     dtype = resolve_dtype(target.dtype, resolve_device(target.device))
-    tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
+    tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code, target.chat_template)
     source = open_source(options.data, options.prepare.limit)
 
+    prepare = replace(options.prepare, num_embeddings=shape.vocab_size)
     lengths: list[int] = []
     per_row: list[int] = []
     dropped = Dropped()
@@ -87,7 +88,7 @@ def estimate(options: ExtractOptions) -> Estimate:
     with Reporter("estimate", sum(stop - start for start, stop in spans), "rows") as reporter:
         for start, stop in spans:
             some = source.read(start, stop)
-            samples, why = prepare_rows(some, tokenizer, options.prepare)
+            samples, why = prepare_rows(some, tokenizer, prepare)
             lengths += [len(sample.input_ids) for sample in samples]
             loss_tokens += sum(int(sample.loss_mask.sum()) for sample in samples)
             dropped.add(why)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import date
 from importlib import metadata
 from typing import Any
 
@@ -12,8 +14,9 @@ import torch
 
 from cache_format.codecs import codec_named
 from cache_format.device import hardware
-from cache_format.layout.manifest import fingerprint
-from extractor.config import ExtractOptions
+from cache_format.layout.manifest import Manifest, fingerprint
+from extractor.config import ExtractOptions, PrepareOptions
+from extractor.data.chat_template import uses_date
 from extractor.job.plan import PLAN_VERSION
 from extractor.target.target_identity import TargetIdentity, tokenizer_identity
 from extractor.target.tensor_parallel import world_size
@@ -73,10 +76,33 @@ def samples_identity(identity: Mapping[str, Any]) -> str:
 
 
 def _prepare_identity(options: ExtractOptions) -> dict[str, Any]:
-    """Left out where not given, so that caches from before the option resume: ``columns``."""
-    fields = asdict(options.prepare)
-    columns = fields.pop("columns")
-    return {**fields, **({"columns": dict(columns)} if columns else {})}
+    """Later options are left out where not given, so that caches from before them resume.
+
+    ``template_date`` comes from the job: it is of account where the template asks for it.
+    """
+    fields = {k: v for k, v in asdict(options.prepare).items() if k not in ("template_date", "num_embeddings")}
+    usual = asdict(PrepareOptions())
+    for name in ("columns", "turns", "chat_template_kwargs", "system_prompt"):
+        if fields[name] == usual[name]:
+            del fields[name]
+    if "columns" in fields:
+        fields["columns"] = dict(options.prepare.columns)
+    if "chat_template_kwargs" in fields:
+        fields["chat_template_kwargs"] = options.prepare.template_kwargs
+    return fields
+
+
+def template_date(tokenizer: Any, options: PrepareOptions, stored: Manifest | None) -> str | None:
+    """The date that the chat template is told, ``YYYY-MM-DD``: what was asked for, or that of the cache that is there,
+    or today. None where the template does not ask for it."""
+    if not uses_date(json.dumps(tokenizer.chat_template or "")):
+        return None
+    if options.template_date is not None:
+        return options.template_date
+    if stored is not None:
+        # Caches of earlier versions do not say.
+        return stored.identity.get("template_date")
+    return date.today().isoformat()
 
 
 def software(device: torch.device) -> dict[str, str]:

@@ -26,10 +26,10 @@ from extractor.data.dataset import open_source
 from extractor.data.prepare import prepare
 from extractor.job.destination import Destination
 from extractor.job.folder_destination import FolderDestination
-from extractor.job.identity import inputs_identity, other_software, samples_identity, software
+from extractor.job.identity import inputs_identity, other_software, samples_identity, software, template_date
 from extractor.job.out_folder import require_space, shards_schema
 from extractor.job.plan import Plan
-from extractor.job.report import ExtractReport, bad_row_notes, dropped_note, progress_note
+from extractor.job.report import ExtractReport, bad_row_notes, dropped_note, noted_notes, progress_note
 from extractor.job.run_shards import RunStats, ShardRunner
 from extractor.job.timeline import Timeline
 from extractor.job.url_destination import UrlDestination
@@ -86,8 +86,8 @@ def opened(
     """
     destination = destination_of(options, worker)
     destination.refuse_foreign()
-    job = Job(options, destination, worker, on_todo, on_stats)
     stored = destination.manifest()
+    job = Job(options, destination, worker, stored, on_todo, on_stats)
     if stored is not None:
         job.require_same_inputs(stored)
     with joined(options.target, job.device) as job.group, destination.held():
@@ -113,9 +113,11 @@ class Job:
         options: ExtractOptions,
         destination: Destination,
         worker: Worker,
+        stored: Manifest | None = None,
         on_todo: Callable[[int], None] | None = None,
         on_stats: Callable[[RunStats], None] | None = None,
     ):
+        """``stored``: of the cache that is there already; what was decided by the day keeps that day."""
         self.options, self.destination, self.worker = options, destination, worker
         self.folder, self.where = destination.folder, destination.where
         self.on_todo, self.on_stats = on_todo, on_stats
@@ -129,7 +131,7 @@ class Job:
         if target.tp_plan:
             require_plan(self.config)
         self.layer_ids = chosen_layer_ids(target, self.shape.num_hidden_layers)
-        self.tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
+        self.tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code, target.chat_template)
         self.source = open_source(options.data, options.prepare.limit)
         self.group: Group | None = None
         """the processes that the target is divided over, with --tp-plan"""
@@ -148,6 +150,10 @@ class Job:
             dtype=self.dtype,
             data_digest=self.source.digest,
         )
+        today = template_date(self.tokenizer, options.prepare, stored)
+        if today is not None:
+            self.identity["template_date"] = today
+        self.prepare_options = replace(options.prepare, template_date=today, num_embeddings=self.shape.vocab_size)
 
     def require_same_inputs(self, stored: Manifest) -> None:
         """Refuse to go on with a cache begun with others; what only the loaded target decides is compared then.
@@ -376,7 +382,7 @@ class Job:
             parts = prepare(
                 self.source,
                 self.tokenizer,
-                self.options.prepare,
+                self.prepare_options,
                 self.folder / "samples",
                 made_for=samples_identity(self.identity),
                 progress=lambda done, _, kept: reporter.update(done, f"{kept:,} samples"),
@@ -394,6 +400,8 @@ class Job:
             f"prepared {len(samples):,} samples, {int(samples.num_tokens.sum()):,} tokens from {samples.num_rows:,} "
             f"rows; dropped: {dropped_note(samples.dropped)}"
         )
+        for note in noted_notes(samples.dropped.noted):
+            self.say(note)
 
     def _planned(
         self,
@@ -426,6 +434,7 @@ class Job:
                 rows=samples.num_rows,
                 dropped=dict(sorted(samples.dropped.items())),
                 bad_rows=dict(sorted(samples.dropped.bad_rows.items())),
+                noted=dict(sorted(samples.dropped.noted.items())),
             ),
             totals=totals,
             files=describe_files(self.folder, names),

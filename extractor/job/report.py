@@ -42,6 +42,17 @@ def dropped_note(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(dropped.items()) if count) or "none"
 
 
+_NOTED = {
+    "reasoning_left_out": "learned turns whose reasoning the chat template does not write there; --turns each learns "
+    "each answer as it was generated",
+}
+
+
+def noted_notes(noted: Mapping[str, int]) -> list[str]:
+    """A line for each thing that rows had and their samples have not."""
+    return [f"note: {count:,} {_NOTED.get(name, name)}" for name, count in sorted(noted.items()) if count]
+
+
 def bad_row_notes(bad_rows: Mapping[str, BadRows]) -> list[str]:
     """A line for each class of bad rows, the most frequent first, with the place of its first row."""
     ordered = sorted(bad_rows.items(), key=lambda item: (-item[1].rows, item[0]))

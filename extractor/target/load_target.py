@@ -63,15 +63,21 @@ def load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any
     return _loaded(AutoConfig.from_pretrained, name, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> Any:
-    """The target's tokenizer.
+def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool, chat_template: Path | None = None) -> Any:
+    """The target's tokenizer; ``chat_template``: file with the template to give it.
 
     Raises:
-        InputError: the target has none that transformers can load.
+        InputError: the target has none that transformers can load, or the template cannot be read.
     """
     from transformers import AutoTokenizer
 
-    return _loaded(AutoTokenizer.from_pretrained, name, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = _loaded(AutoTokenizer.from_pretrained, name, revision=revision, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = chat_template.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--chat-template {chat_template}: cannot be read: {error}") from error
+    return tokenizer
 
 
 def load_target(
