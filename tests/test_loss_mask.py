@@ -19,7 +19,8 @@ from transformers import AddedToken
 
 from cache_format.errors import InputError
 from extractor.data.conversation import Conversation
-from extractor.data.dataset import BadRow
+from extractor.data.bad_row import BadRow
+from extractor.data.chat_template import ChatTemplate
 from extractor.data.loss_mask import ConversationTokenizer
 
 ALL_KINDS = sorted(KINDS)
@@ -27,7 +28,11 @@ ALL_KINDS = sorted(KINDS)
 
 @cache
 def converter(kind: str) -> ConversationTokenizer:
-    return ConversationTokenizer(chat_tokenizer(kind), assistant_only=True)
+    return conversation_tokenizer(chat_tokenizer(kind))
+
+
+def conversation_tokenizer(tokenizer: Any, *, assistant_only: bool = True, **options: Any) -> ConversationTokenizer:
+    return ConversationTokenizer(ChatTemplate(tokenizer), assistant_only=assistant_only, **options)
 
 
 def turns(*pairs: tuple[str, str]) -> Messages:
@@ -35,11 +40,15 @@ def turns(*pairs: tuple[str, str]) -> Messages:
 
 
 def convert(kind: str, messages: Messages, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
-    return converter(kind)(Conversation(messages=messages, **kwargs))
+    (sample,) = converter(kind)(Conversation(messages=messages, **kwargs))
+    return sample
 
 
-def require_pieces(kind: str, messages: Messages, expected: Pieces) -> None:
-    """Tokens are those of apply_chat_template, and the mask splits them into exactly the expected pieces."""
+def require_pieces(kind: str, messages: Messages, expected: Pieces, *, exact: bool = True) -> None:
+    """Tokens are those of apply_chat_template, and the mask splits them into exactly the expected pieces.
+
+    ``exact=False``: but for a token that reaches from a header into an answer, which belongs to the header.
+    """
     tokenizer = converter(kind).tokenizer
     ids, mask = convert(kind, messages)
     assert ids.dtype == np.int32
@@ -52,7 +61,26 @@ def require_pieces(kind: str, messages: Messages, expected: Pieces) -> None:
         ("".join(text for text, _ in group), learned)
         for learned, group in groupby(expected, key=lambda piece: piece[1])
     ]
+    if not exact:
+        texts = [tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False) for end in range(1, len(ids) + 1)]
+        merged = with_tokens_over_borders(merged, {len(text) for text in texts if not text.endswith("\ufffd")})
     assert got == merged
+
+
+def with_tokens_over_borders(pieces: Pieces, ends: set[int]) -> Pieces:
+    """``pieces`` with what a token before an answer takes of it moved to the piece before.
+
+    ``ends``: where tokens end, in characters.
+    """
+    moved: Pieces = []
+    at = 0
+    for text, learned in pieces:
+        taken = next(n for n in range(len(text) + 1) if at + n in ends) if learned else 0
+        if taken:
+            moved[-1] = (moved[-1][0] + text[:taken], False)
+        moved.append((text[taken:], learned))
+        at += len(text)
+    return moved
 
 
 CHAT = turns(
@@ -164,18 +192,16 @@ def test_any_conversation_is_exact_or_refused(kind: str, data: st.DataObject) ->
     tokenizer = converter(kind).tokenizer
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert "".join(piece for piece, _ in expected) == text
-    try:
-        convert(kind, messages)
-    except BadRow as refused:
-        problem = str(refused)
-    else:
-        # A tokenizer that normalises characters does not give every text back; then there is nothing to compare.
-        if tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text:
-            require_pieces(kind, messages, expected)
-        return
-    # The one thing to refuse: an answer that begins with white space, or a mark, that melts into the token before it.
-    assert "crosses the border" in problem
-    assert any(not piece[:1].isprintable() or not piece[:1].isalnum() for piece in learned_pieces(expected))
+    # A tokenizer that normalises characters does not give every text back; then there is nothing to compare.
+    if tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text:
+        require_pieces(kind, messages, expected, exact=False)
+
+
+def test_a_token_that_reaches_over_the_border_is_not_learned() -> None:
+    messages = turns(("user", "Go."), ("assistant", "\nOne."), ("user", "On."), ("assistant", "Two."))
+    ids, mask = convert("qwen2", messages)
+    tokenizer = converter("qwen2").tokenizer
+    assert [tokenizer.decode(ids[a:b]) for a, b in runs_of(mask)] == ["One.<|im_end|>", "Two.<|im_end|>"]
 
 
 CALLS = [{"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": "<|im_end|>"}}}]
@@ -213,7 +239,7 @@ def test_tags_give_what_transformers_gives() -> None:
 
 def test_learns_everything_when_asked() -> None:
     tokenizer = chat_tokenizer("plain")
-    ids, mask = ConversationTokenizer(tokenizer, assistant_only=False)(Conversation(messages=CHAT))
+    ((ids, mask),) = conversation_tokenizer(tokenizer, assistant_only=False)(Conversation(messages=CHAT))
     assert ids.tolist() == tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
     assert mask.all()
 
@@ -223,10 +249,14 @@ PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 REFUSED = {
     "no end-of-turn token": (None, "no end-of-turn token"),
     "no generation prompt": (CHATML, "ignores add_generation_prompt"),
-    "another generation prompt": (CHATML + PROMPT.replace("assistant", "assistant<think>"), "generation prompt"),
-    "changed content": (CHATML.replace("m.content", "m.content.replace('2', 'two')") + PROMPT, "changes the assistant"),
+    "another header": (CHATML + PROMPT.replace("<|im_start|>assistant", "<|im_end|>"), "generation prompt"),
+    "changed content": (
+        CHATML.replace("m.content", "m.content.replace('is', 'was')") + PROMPT,
+        "changes the assistant",
+    ),
     "doubled content": (CHATML.replace("m.content }}", "m.content }}{{ m.content }}") + PROMPT, "2 times"),
-    "dropped content": (CHATML.replace("m.content", "'x'") + PROMPT, "0 times"),
+    "dropped answer": (CHATML.replace("m.content", "m.content if m.role == 'user' else 'x'") + PROMPT, "0 times"),
+    "dropped question": (CHATML.replace("m.content", "m.content if m.role != 'user' else 'x'") + PROMPT, "leaves out"),
     "roles": (CHATML.replace("<|im_end|>", "{{ raise_exception('no such role') }}"), "no such role"),
     "broken": ("{% for m in messages %}{{ m.role + 1 }}{% endfor %}", "refuses"),
 }
@@ -238,19 +268,19 @@ def test_a_template_that_cannot_be_told_apart_is_refused_with_a_way_out(case: st
     tokenizer = chat_tokenizer("plain", template)
     messages = turns(("user", "2 + 2?"), ("assistant", "2 + 2 is 4"))
     with pytest.raises(BadRow, match=why) as caught:
-        ConversationTokenizer(tokenizer, assistant_only=True)(Conversation(messages=messages))
-    assert "refuses" in str(caught.value) or "--loss-on all" in str(caught.value)
+        conversation_tokenizer(tokenizer)(Conversation(messages=messages))
+    assert any(words in str(caught.value) for words in ("refuses", "--loss-on all", "leaves out what the user says"))
 
 
 def test_the_next_turns_header_is_not_taken_for_an_end_token() -> None:
     template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}" + PROMPT
     with pytest.raises(BadRow, match="turn 2: no end-of-turn token"):
-        ConversationTokenizer(chat_tokenizer("plain", template), assistant_only=True)(Conversation(messages=CHAT))
+        conversation_tokenizer(chat_tokenizer("plain", template))(Conversation(messages=CHAT))
 
 
 def test_an_end_of_text_after_the_last_turn_is_not_learned() -> None:
     tokenizer = chat_tokenizer("plain", CHATML + PROMPT + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}")
-    ids, mask = ConversationTokenizer(tokenizer, assistant_only=True)(Conversation(messages=CHAT))
+    ((ids, mask),) = conversation_tokenizer(tokenizer, assistant_only=True)(Conversation(messages=CHAT))
     assert [tokenizer.decode(ids[a:b]) for a, b in runs_of(mask)] == learned_pieces(KINDS["tagged"](CHAT))
 
 
@@ -268,7 +298,7 @@ def test_no_chat_template_is_an_input_error() -> None:
     tokenizer = chat_tokenizer("plain")
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
-        ConversationTokenizer(tokenizer, assistant_only=True)
+        conversation_tokenizer(tokenizer)
 
 
 def test_a_tokenizer_without_offsets_is_an_input_error() -> None:
@@ -277,12 +307,12 @@ def test_a_tokenizer_without_offsets_is_an_input_error() -> None:
     tokenizer = CanineTokenizer()
     tokenizer.chat_template = CHATML
     with pytest.raises(InputError, match="not a fast tokenizer"):
-        ConversationTokenizer(tokenizer, assistant_only=True)
+        conversation_tokenizer(tokenizer)
 
 
 def test_end_tokens_that_take_white_space_along() -> None:
     """Phi's end token swallows the newline behind it: it is still the end of the turn, and learned."""
     tokenizer = chat_tokenizer("plain", CHATML + PROMPT)
     tokenizer.add_special_tokens({"eos_token": AddedToken("<|im_end|>", special=True, rstrip=True, normalized=False)})
-    ids, mask = ConversationTokenizer(tokenizer, assistant_only=True)(Conversation(messages=CHAT))
+    ((ids, mask),) = conversation_tokenizer(tokenizer, assistant_only=True)(Conversation(messages=CHAT))
     assert [tokenizer.decode(ids[a:b]) for a, b in runs_of(mask)] == learned_pieces(KINDS["tagged"](CHAT))

@@ -103,17 +103,18 @@ class ChatTemplate:
         Raises:
             BadRow: the template refuses every form.
         """
-        problem: BadRow | None = None
+        problems: list[BadRow | None] = []
         for form in _forms(conversation):
             try:
                 text = self.render(form, form.messages)
             except BadRow as refused:
-                problem = problem or refused
+                problems.append(refused)
                 continue
             if all(_writes(text, message) for message in form.messages):
                 return form
-        if problem:
-            raise problem
+            problems.append(None)
+        if problems[0]:
+            raise problems[0]
         return conversation
 
     def _variables(self, conversation: Conversation) -> dict[str, Any]:

@@ -145,7 +145,9 @@ class SpanFinder:
             return None
         before = rendered.split(self.placeholder)[0]
         start = before.rfind(header) + len(header)
-        return start if start >= len(header) and self.text.startswith(before[:start]) else None
+        # It has to be this turn's own: what ends a message may look like it.
+        added = before.count(header) > self.render(self.messages[:turn]).count(header)
+        return start if added and self.text.startswith(before[:start]) else None
 
     def _header(self, turn: int) -> str:
         """What ``add_generation_prompt`` adds for this turn."""
