@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cache_format import FeatureCache
-from cache_format.layout.manifest import Manifest
+from cache_format.layout.manifest import LATER_IDENTITY, Manifest
 from cache_format.layout.samples import PreparedSamples
 from cache_format.upkeep.verify import verify
 from extractor.config import PlanOptions
@@ -110,7 +110,7 @@ def test_a_resumed_run_gives_the_same_bytes(made, job, cli, tmp_path, lost):
         path.unlink()
     if lost == "everything_but_samples":
         shutil.rmtree(cache / "target")
-        begun = {k: v for k, v in manifest.identity.items() if k not in ("samples", "padding", "attn_implementation")}
+        begun = {k: v for k, v in manifest.identity.items() if k not in LATER_IDENTITY}
         unfinished = {"state": "preparing", "identity": begun, "fingerprint": "", "data": None, "totals": None}
     else:
         unfinished = {"state": "extracting"}

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from transformers import AddedToken
 
 from cache_format.errors import InputError
-from extractor.data.conversation import Conversation
 from extractor.data.bad_row import BadRow
 from extractor.data.chat_template import ChatTemplate
+from extractor.data.conversation import Conversation
 from extractor.data.loss_mask import ConversationTokenizer
 
 ALL_KINDS = sorted(KINDS)
@@ -258,7 +258,7 @@ REFUSED = {
     "dropped answer": (CHATML.replace("m.content", "m.content if m.role == 'user' else 'x'") + PROMPT, "0 times"),
     "dropped question": (CHATML.replace("m.content", "m.content if m.role != 'user' else 'x'") + PROMPT, "leaves out"),
     "roles": (CHATML.replace("<|im_end|>", "{{ raise_exception('no such role') }}"), "no such role"),
-    "broken": ("{% for m in messages %}{{ m.role + 1 }}{% endfor %}", "refuses"),
+    "broken": ("{% for m in messages %}{{ m.role + 1 }}{% endfor %}", "raises TypeError"),
 }
 
 
@@ -269,7 +269,9 @@ def test_a_template_that_cannot_be_told_apart_is_refused_with_a_way_out(case: st
     messages = turns(("user", "2 + 2?"), ("assistant", "2 + 2 is 4"))
     with pytest.raises(BadRow, match=why) as caught:
         conversation_tokenizer(tokenizer)(Conversation(messages=messages))
-    assert any(words in str(caught.value) for words in ("refuses", "--loss-on all", "leaves out what the user says"))
+    assert any(
+        words in str(caught.value) for words in ("refuses", "raises", "--loss-on all", "leaves out what the user says")
+    )
 
 
 def test_the_next_turns_header_is_not_taken_for_an_end_token() -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import date, datetime, time
 from typing import Any
 
+import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from cache_format.errors import InputError
@@ -126,9 +127,11 @@ class ChatTemplate:
             return render()
         except BadRow:
             raise
+        except jinja2.TemplateError as error:
+            raise BadRow(f"the chat template refuses the conversation: {error}") from error
         except Exception as error:
             # A template is a program: it may raise anything.
-            raise BadRow(f"the chat template refuses the conversation: {error or type(error).__name__}") from error
+            raise BadRow(f"the chat template raises {type(error).__name__}: {error}") from error
 
 
 def uses_date(source: str) -> bool:
