@@ -11,6 +11,8 @@ import typer
 
 from extractor.cli.extract_options import extract_options
 from extractor.cli.options import (
+    ChatTemplate,
+    ChatTemplateKwargs,
     Columns,
     Data,
     DataConfig,
@@ -26,9 +28,12 @@ from extractor.cli.options import (
     RowFormat,
     Split,
     Streaming,
+    SystemPrompt,
     Target,
+    TemplateDate,
     TooLong,
     TrustRemoteCode,
+    Turns,
 )
 from extractor.cli.output import show as show_text
 
@@ -56,6 +61,11 @@ def preview(
     row_format: RowFormat = None,
     columns: Columns = None,
     loss_on: LossOn = None,
+    turns: Turns = "all",
+    chat_template: ChatTemplate = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
+    system_prompt: SystemPrompt = None,
+    template_date: TemplateDate = None,
     max_length: MaxLength = 4096,
     too_long: TooLong = "truncate",
     min_loss_tokens: MinLossTokens = 1,

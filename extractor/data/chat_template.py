@@ -76,6 +76,8 @@ class ChatTemplate:
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the stretches of it inside ``{% generation %}`` tags.
 
+        Nulls are left out, as ``apply_chat_template`` does.
+
         ``apply_chat_template(return_assistant_tokens_mask=True)`` is not used: it looks single characters up in
         trimmed offsets, and learns everything up to the end of the text where a turn ends in a space.
 
@@ -84,7 +86,7 @@ class ChatTemplate:
         """
         rendered: Any = self._guarded(
             lambda: render_jinja_template(
-                [list(messages)],
+                [[{key: value for key, value in message.items() if value is not None} for message in messages]],
                 tools=conversation.tools,
                 chat_template=self.source(tools=bool(conversation.tools)),
                 return_assistant_tokens_mask=True,
@@ -104,7 +106,12 @@ class ChatTemplate:
         Raises:
             BadRow: the template refuses every form.
         """
-        problems: list[BadRow | None] = []
+        if any(message.get("content") is None for message in conversation.messages):
+            try:
+                self.render(conversation, conversation.messages)
+            except BadRow:
+                conversation = _changed(conversation, _with_content)
+        problems: list[BadRow | None] = []  # of each form
         for form in _forms(conversation):
             try:
                 text = self.render(form, form.messages)
@@ -115,7 +122,8 @@ class ChatTemplate:
                 return form
             problems.append(None)
         if problems[0]:
-            raise problems[0]
+            in_parts = f" (with content in parts: {problems[2]})" if str(problems[2]) != str(problems[0]) else ""
+            raise BadRow(f"{problems[0]}{in_parts}")
         return conversation
 
     def _variables(self, conversation: Conversation) -> dict[str, Any]:
@@ -184,8 +192,14 @@ def content_text(message: Message) -> str:
 
 
 def _forms(conversation: Conversation) -> Iterator[Conversation]:
-    for change in (lambda m: m, _with_json_arguments, _in_parts, lambda m: _in_parts(_with_json_arguments(m))):
-        yield replace(conversation, messages=[change(message) for message in conversation.messages])
+    yield conversation
+    yield _changed(conversation, _with_json_arguments)
+    yield _changed(conversation, _in_parts)
+    yield _changed(_changed(conversation, _in_parts), _with_json_arguments)
+
+
+def _changed(conversation: Conversation, change: Callable[[Message], Message]) -> Conversation:
+    return replace(conversation, messages=[change(message) for message in conversation.messages])
 
 
 def _writes(text: str, message: Message) -> bool:
@@ -196,8 +210,13 @@ def _writes(text: str, message: Message) -> bool:
     return not any(isinstance(arguments, Mapping) and arguments and str(arguments) in text for arguments in given)
 
 
+def _with_content(message: Message) -> Message:
+    """Beside calls a row may have no content."""
+    return {**message, "content": ""} if message.get("content") is None else message
+
+
 def _in_parts(message: Message) -> Message:
-    content = message.get("content")
+    content = message.get("content") or ""
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ from extractor.data.bad_row import BadRow, LeftOut
 from extractor.data.dataset import RawRow, Rows, RowSource, open_source
 from extractor.data.prepare import encoder, reason_to_drop, require_forms
 from extractor.data.stretches import stretches
-from extractor.job.report import bad_row_notes, dropped_note
-from extractor.target.load_target import load_tokenizer
+from extractor.job.report import bad_row_notes, dropped_note, noted_notes
+from extractor.target.load_target import TargetShape, load_config, load_tokenizer
 from extractor.terminal.learned_text import Stretch, faint, painted, printable, rule
 
 ROWS_COUNTED = 1000
@@ -69,6 +69,8 @@ class PreviewedRow:
     """of a bad row, or one that says itself that it is not to be learned: why, in words"""
     reason: str = ""
     """of a bad row: the class of the problem"""
+    notes: Sequence[str] = ()
+    """what the row has and its samples have not, as :class:`~cache_format.layout.samples.Dropped` counts it"""
 
 
 @dataclass(kw_only=True)
@@ -89,6 +91,7 @@ class Counts:
     def add(self, row: PreviewedRow) -> None:
         """Count one more row."""
         self.rows += 1
+        self.dropped.noted.update(row.notes)
         if row.dropped == "bad_row":
             self.dropped.count_bad_row(row.reason, row.place)
         elif row.dropped:
@@ -115,8 +118,9 @@ class Preview:
             InputError: bad data, tokenizer or options, as for ``extract``.
         """
         target = options.target
-        self.options = options.prepare
-        self.tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code)
+        config = load_config(target.name, target.revision, target.trust_remote_code)
+        self.options = replace(options.prepare, num_embeddings=TargetShape.from_config(config).vocab_size)
+        self.tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code, target.chat_template)
         self.source = open_source(options.data, options.prepare.limit)
         require_forms(self.source, self.tokenizer, self.options)
 
@@ -164,7 +168,9 @@ class Preview:
                 place=place, raw=raw, samples=[], dropped="bad_row", problem=str(problem), reason=problem.reason
             )
         samples = [self._sample(ids, mask) for ids, mask in encoded]
-        return PreviewedRow(place=place, raw=raw, samples=samples, dropped=None if samples else "empty")
+        return PreviewedRow(
+            place=place, raw=raw, samples=samples, dropped=None if samples else "empty", notes=encoded.notes
+        )
 
     def _sample(self, ids: np.ndarray, mask: np.ndarray) -> PreviewedSample:
         dropped = reason_to_drop(ids, mask, self.options)
@@ -232,6 +238,7 @@ def describe_counts(counts: Counts, preview: Preview) -> str:
         f"tokens: {counts.tokens:,}, {counts.loss_tokens:,} learned ({share:.0f} %); longest sample {counts.longest:,}",
         f"dropped rows: {dropped_note(counts.dropped)}",
         *(f"bad rows: {note}" for note in bad_row_notes(counts.dropped.bad_rows)),
+        *noted_notes(counts.dropped.noted),
     ]
     if counts.cut_samples:
         lines.append(
