@@ -90,7 +90,12 @@ def verify(
         if report.whole:
             show(f"this proves: {PROVES[report.depth]}")
         if again is not None:
-            show(f"recomputed {again.samples:,} samples: off by at most {again.largest_error:.2g} of a layer's RMS")
+            show(
+                f"recomputed {again.samples:,} samples: no token is off by more than {again.largest_error:.2g} of its "
+                "norm in any layer"
+            )
+            for layer, errors in again.layers.items():
+                show(f"  layer {layer}: worst {errors.worst:.2g}, 99 % {errors.p99:.2g}, median {errors.median:.2g}")
             if report.whole:
                 show("this proves: their states belong to their tokens and to that target")
         elif recompute:

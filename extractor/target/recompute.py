@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from cache_format.codecs import codec_named
 from cache_format.errors import InputError
-from cache_format.layout.manifest import require_same_identity
+from cache_format.layout.manifest import Manifest, require_same_identity
 from cache_format.layout.shard_layout import shard_name
 from cache_format.reading.feature_cache import FeatureCache
 from cache_format.upkeep.verify import Problem
@@ -19,9 +20,39 @@ from extractor.target.load_backend import load_backend_of
 from extractor.target.load_target import load_config, resolve_device
 from extractor.target.target_identity import TargetIdentity, identify_target
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference, as a share of a layer's RMS in the sample, that passes as rounding: a sample is run alone here
-and was run in a batch (and perhaps on another device) before. States of other tokens differ by about 1."""
+
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """The norm of the difference over the norm of a token's state in a layer: the worst token's, and of the others.
+
+    Never over a sample: first tokens carry up to 99 % of a layer's energy, and would hide that all others are wrong.
+    """
+
+    worst: float
+    p99: float
+    median: float
+
+    @staticmethod
+    def of(errors: np.ndarray) -> Errors:
+        """Of tokens; a value that is not finite counts as infinite."""
+        finite = np.nan_to_num(errors.astype(np.float64), nan=np.inf)
+        # The lower neighbour: among few tokens the worst one is not the 99th percentile, too.
+        p99, median = np.quantile(finite, (0.99, 0.5), method="lower")
+        return Errors(worst=float(finite.max()), p99=float(p99), median=float(median))
+
+    def beyond(self, tolerance: Errors) -> list[str]:
+        """Which of the three are more than ``tolerance`` allows."""
+        return [name for name, value in vars(self).items() if not value <= getattr(tolerance, name)]
+
+
+TOLERANCE = {
+    torch.float32: Errors(worst=1e-3, p99=3e-4, median=1e-4),
+    torch.float16: Errors(worst=5e-2, p99=2e-2, median=1e-2),
+    torch.bfloat16: Errors(worst=2.5e-1, p99=1e-1, median=5e-2),
+}
+"""What passes as rounding: a sample is run alone here and was run in a batch, perhaps on another device, before.
+Measured on SmolLM2-135M (CPU, layers 1 to 27, 1,040 tokens): worst 1.1e-6, 3.7e-3 and 1.9e-2, 99th percentile at most
+7.5e-7, 1.6e-3 and 1.3e-2. States of another token are off by 0.9 in the median, zeros by 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +60,12 @@ class RecomputeReport:
     """What recomputing found."""
 
     samples: int
+    tokens: int
     largest_error: float
-    """relative to a layer's RMS; see TOLERANCE"""
-    tolerance: float
+    """of any token in any layer; see Errors"""
+    layers: dict[int, Errors]
+    """layer id -> errors over the tokens of all samples"""
+    tolerance: Errors
     problems: list[Problem]
 
 
@@ -62,18 +96,57 @@ def recompute(
     backend = load_backend_of(manifest, target_name, on, trust_remote_code=trust_remote_code, adapter=adapter)
     target.require_unchanged()
     chosen = np.random.RandomState(0).permutation(len(opened))[:count]
-    # Rounding and the codec's error are independent; neither makes up for the other.
-    tolerance = TOLERANCE[manifest.torch_dtype] + codec_named(manifest.codec["name"]).relative_error
-    largest, problems = 0.0, []
+    tolerance = tolerance_of(manifest)
+    by_token: list[np.ndarray] = []
+    problems: list[Problem] = []
     for i in chosen.tolist():
-        error, layer = _largest_error(opened, i, backend, on)
-        largest = max(largest, error)
-        if not error <= tolerance:
-            number, sample = int(opened.index.shard[i]), int(opened.index.sample_id[i])
-            why = f"layer {layer} is not what the target gives for these tokens: off by {error:.2g} of its RMS"
+        errors = token_errors(opened, i, backend, on)
+        by_token.append(errors)
+        problems += _problems(opened, i, errors, tolerance)
+    together = np.concatenate(by_token)
+    layers = {layer: Errors.of(errors) for layer, errors in zip(opened.target_layer_ids, together.T, strict=True)}
+    return RecomputeReport(
+        samples=len(chosen),
+        tokens=len(together),
+        largest_error=max(errors.worst for errors in layers.values()),
+        layers=layers,
+        tolerance=tolerance,
+        problems=problems,
+    )
+
+
+def tolerance_of(manifest: Manifest) -> Errors:
+    """Rounding and the codec's error are independent; neither makes up for the other."""
+    codec = codec_named(manifest.codec["name"]).relative_error
+    rounding = TOLERANCE[manifest.torch_dtype]
+    return Errors(**{name: value + codec for name, value in vars(rounding).items()})
+
+
+def token_errors(cache: FeatureCache, i: int, backend: TargetBackend, device: torch.device) -> np.ndarray:
+    """float32 ``[S, L]``: of each token of sample ``i`` in each layer, what is stored against what the target gives."""
+    sample, layers = cache[i], len(cache.target_layer_ids)
+    again = torch.empty(sample.hidden_states.shape[1:], dtype=sample.hidden_states.dtype, device=device)
+    backend.forward(sample.input_ids.to(device), [len(again)], again)
+    stored = sample.hidden_states[0].float().view(len(again), layers, -1)
+    right = again.cpu().float().view_as(stored)
+    errors: np.ndarray = ((right - stored).norm(dim=-1) / right.norm(dim=-1).clamp_min(1e-20)).numpy()
+    return errors
+
+
+def _problems(cache: FeatureCache, i: int, errors: np.ndarray, tolerance: Errors) -> Iterator[Problem]:
+    """A line for each layer of sample ``i`` that is off, with its worst token."""
+    number, sample = int(cache.index.shard[i]), int(cache.index.sample_id[i])
+    for layer, of_layer in zip(cache.target_layer_ids, errors.T, strict=True):
+        found = Errors.of(of_layer)
+        if beyond := found.beyond(tolerance):
+            told = (f"{name} {getattr(found, name):.2g} (at most {getattr(tolerance, name):.2g})" for name in beyond)
+            token = int(np.nan_to_num(of_layer, nan=np.inf).argmax())
+            why = (
+                f"layer {layer} is not what the target gives for these tokens: off by {', '.join(told)} of a token's "
+                f"norm, most at token {token}"
+            )
             name = shard_name(number)
-            problems.append(Problem(file=name, shard=number, sample=sample, field="hidden_states", problem=why))
-    return RecomputeReport(samples=len(chosen), largest_error=largest, tolerance=tolerance, problems=problems)
+            yield Problem(file=name, shard=number, sample=sample, field="hidden_states", problem=why)
 
 
 def _require_same_target(cache: FeatureCache, target: TargetIdentity) -> None:
@@ -82,15 +155,3 @@ def _require_same_target(cache: FeatureCache, target: TargetIdentity) -> None:
     found = {f"target.{name}": value for name, value in target.fields.items()}
     known = {name: value for name, value in found.items() if name in stored or name == "target.adapter"}
     require_same_identity(cache.where, stored, known)
-
-
-def _largest_error(cache: FeatureCache, i: int, backend: TargetBackend, device: torch.device) -> tuple[float, int]:
-    """RMS of the difference over RMS, at the layer where it is largest, and that layer's id."""
-    sample, layer_ids = cache[i], cache.target_layer_ids
-    again = torch.empty(sample.hidden_states.shape[1:], dtype=sample.hidden_states.dtype, device=device)
-    backend.forward(sample.input_ids.to(device), [len(again)], again)
-    stored = sample.hidden_states[0].float().view(len(again), len(layer_ids), -1)
-    difference = again.cpu().float().view_as(stored) - stored
-    errors = difference.square().mean((0, 2)).sqrt() / stored.square().mean((0, 2)).sqrt()
-    worst = int(errors.nan_to_num(float("inf")).argmax())
-    return float(errors[worst]), layer_ids[worst]
