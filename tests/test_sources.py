@@ -354,3 +354,71 @@ def test_a_hub_dataset_has_a_configuration_and_a_split() -> None:
 def test_a_configuration_of_a_local_file_is_refused(two: tuple[Path, Path]) -> None:
     with pytest.raises(InputError, match=r"--data-config main: .* is local; only hub datasets have configs"):
         opened(two[0], data_config="main")
+
+
+# -- in a cache -------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_says_what_each_source_gave(tiny_target: Path, tmp_path: Path, cli: Any) -> None:
+    def pair(number: int) -> dict[str, str]:
+        return {"question": f"{number}?", "answer": "one two three"}
+
+    first = write(tmp_path / "first.jsonl", [pair(n) for n in range(20)])
+    write(tmp_path / "more" / "a.jsonl", [{"prompt": "Hi", "chosen": "Yo", "rejected": "No", "id": 1}] * 3)
+    write(tmp_path / "more" / "b.jsonl.gz", gzip.compress(b'{"prompt": "Hi", "chosen": "Yes", "rejected": null}\n'))
+    write(tmp_path / "more" / "c.csv", b"a,b")
+    kto = write(tmp_path / "kto.jsonl", [{"ask": "Hi", "say": "Yo", "label": good} for good in (True, False)])
+    job = ["--target", tiny_target, "--device", "cpu", "--target-layers", "0,2", "--columns", "prompt=ask,response=say"]
+    job += [argument for name in (f"{first}:0.5", tmp_path / "more", kto) for argument in ("--data", name)]
+    code, _, err = cli("extract", *job, "--out", tmp_path / "c")
+    assert code == 0, err
+    assert "more: not read: c.csv" in err
+    assert "3 rejected sides of preference rows are left out" in err
+    data = json.loads((tmp_path / "c" / "manifest.json").read_bytes())["data"]
+    drawn = int(opened(first, weight=0.5).sources[0].drawn(0, 20).sum())
+    assert data["dropped"] == {"by_weight": 20 - drawn, "rejected": 1}
+    assert data["noted"] == {"rejected_side": 3}
+    one, two, three = data["sources"]
+    assert [s["samples"] for s in data["sources"]] == [drawn, 4, 1]
+    assert [s["weight"] for s in data["sources"]] == [0.5, 1.0, 1.0]
+    assert one["columns"] == {"prompt": "question", "response": "answer"}
+    assert (two["row_format"], two["unused_columns"]) == ("preference", ["id"])
+    assert two["files"] == {f"{tmp_path}/more/a.jsonl": 20, f"{tmp_path}/more/b.jsonl.gz": 23}
+    assert three["columns"] == {"prompt": "ask", "response": "say"}
+    assert (
+        sum(s["tokens"] for s in data["sources"])
+        == json.loads(cli("inspect", tmp_path / "c", "--json")[1])["totals"]["tokens"]
+    )
+    told = cli("inspect", tmp_path / "c")[1]
+    assert f"{first}:0.5: {drawn} samples, " in told
+    assert "preference (prompt from prompt, chosen from chosen); columns not used: id" in told
+    again = cli("extract", *job, "--streaming", "--out", tmp_path / "streamed")
+    assert again[0] == 0, again[2]
+    assert json.loads((tmp_path / "streamed" / "manifest.json").read_bytes())["data"] == data
+    code, _, err = cli("extract", *(str(a).replace(":0.5", ":0.6") for a in job), "--out", tmp_path / "c")
+    assert (code, "data.digest: cache has" in err) == (2, True)
+
+
+def test_columns_that_no_source_has_are_refused_before_anything_is_written(
+    tiny_target: Path, tmp_path: Path, cli: Any
+) -> None:
+    data = write(tmp_path / "x.jsonl", [{"question": "Hi", "answer": "Yo"}])
+    job = [
+        "--target",
+        tiny_target,
+        "--device",
+        "cpu",
+        "--target-layers",
+        "0,2",
+        "--data",
+        data,
+        "--out",
+        tmp_path / "c",
+    ]
+    code, _, err = cli("extract", *job, "--columns", "prompt=ask,response=say")
+    assert (code, "--columns names ask and say, which the data does not have; found: question, answer" in err) == (
+        2,
+        True,
+    )
+    code, _, err = cli("extract", *job, "--columns", "promt=ask")
+    assert (code, "no such field" in err) == (2, True)

@@ -62,6 +62,25 @@ class TargetInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceInfo:
+    """One source of the data, and what it gave."""
+
+    name: str
+    split: str | None
+    weight: float
+    """share of its rows that was drawn"""
+    files: dict[str, int]
+    """name -> first row: ``source_row`` of a sample, less this, is the row in the file, counted from 0"""
+    row_format: str
+    columns: dict[str, str]
+    """field -> column: what was taken for what"""
+    unused_columns: list[str]
+    samples: int
+    tokens: int
+    loss_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataInfo:
     """The dataset the samples came from."""
 
@@ -72,6 +91,8 @@ class DataInfo:
     """reason -> rows"""
     bad_rows: dict[str, BadRows] = field(default_factory=dict, metadata=LATER)
     """what ``bad_row`` of these is made of: class of what is wrong with a row -> how many, and the first"""
+    sources: list[SourceInfo] = field(default_factory=list, metadata=LATER)
+    """in order; empty in caches of earlier versions"""
     noted: dict[str, int] = field(default_factory=dict, metadata=LATER)
     """what is missing from samples that were kept, such as ``reasoning_left_out`` (turns whose reasoning the chat
     template does not write) -> how often"""

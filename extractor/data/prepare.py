@@ -137,7 +137,14 @@ def encoder(tokenizer: Any, options: PrepareOptions, columns: tuple[str, ...]) -
         turns=options.turns,
         system_prompt=options.system_prompt,
     )
-    return parsed(lambda row: to_samples(conversation_of(row, form)))
+
+    def chosen_side(row: dict[str, Any]) -> Encoded:
+        encoded = to_samples(conversation_of(row, form))
+        if form.get(row, "rejected") is not None:
+            encoded.notes.append("rejected_side")
+        return encoded
+
+    return parsed(chosen_side)
 
 
 def _parsed(

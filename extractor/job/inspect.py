@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from cache_format.errors import InputError
-from cache_format.layout.manifest import MANIFEST_NAME, Manifest
+from cache_format.layout.manifest import MANIFEST_NAME, Manifest, SourceInfo
 from cache_format.layout.samples import BadRows
 from cache_format.layout.shard_layout import finished_shards, shard_name
 from cache_format.storage.folder import open_folder
 from extractor.job.report import bad_row_notes, dropped_note
+from extractor.job.sources import source_note
 from extractor.terminal.progress import size
 
 
@@ -59,6 +60,7 @@ def describe(summary: dict[str, Any]) -> str:
             ("data", f"{data['name']}, {data['rows']:,} rows"),
             ("dropped rows", dropped_note(data["dropped"])),
             *(("bad rows", note) for note in bad_row_notes(bad_rows)),
+            *(("source", source_note(SourceInfo(**source))) for source in data["sources"]),
             ("samples", f"{stored:,}"),
             ("tokens", f"{totals['tokens']:,} ({totals['loss_tokens']:,} learned)"),
             ("shards", f"{summary['finished_shards']:,} of {totals['shards']:,}"),

@@ -15,6 +15,7 @@ from cache_format.layout.manifest import (
     MANIFEST_NAME,
     DataInfo,
     Manifest,
+    SourceInfo,
     TargetInfo,
     Totals,
     require_same_identity,
@@ -23,7 +24,7 @@ from cache_format.layout.samples import PreparedSamples, part_path
 from cache_format.writing.seal import describe_files
 from extractor.config import DEFAULT_BATCH_TOKENS, ExtractOptions
 from extractor.data.dataset import open_source
-from extractor.data.prepare import prepare
+from extractor.data.prepare import form_of_source, prepare
 from extractor.job.destination import Destination
 from extractor.job.folder_destination import FolderDestination
 from extractor.job.identity import inputs_identity, other_software, samples_identity, software, template_date
@@ -31,6 +32,7 @@ from extractor.job.out_folder import require_space, shards_schema
 from extractor.job.plan import Plan
 from extractor.job.report import ExtractReport, bad_row_notes, dropped_note, noted_notes, progress_note
 from extractor.job.run_shards import RunStats, ShardRunner
+from extractor.job.sources import source_infos, source_note
 from extractor.job.timeline import Timeline
 from extractor.job.url_destination import UrlDestination
 from extractor.job.worker import Worker
@@ -377,6 +379,9 @@ class Job:
             raise
 
     def _prepare(self) -> PreparedSamples:
+        for source in self.source.sources:
+            if source.note:
+                self.say(source.note)
         total = self.source.num_rows
         with Reporter("prepare", total, "rows") as reporter:
             parts = prepare(
@@ -400,8 +405,15 @@ class Job:
             f"prepared {len(samples):,} samples, {int(samples.num_tokens.sum()):,} tokens from {samples.num_rows:,} "
             f"rows; dropped: {dropped_note(samples.dropped)}"
         )
+        for info in self.source_infos(samples):
+            self.say(source_note(info))
         for note in noted_notes(samples.dropped.noted):
             self.say(note)
+
+    def source_infos(self, samples: PreparedSamples) -> list[SourceInfo]:
+        """What each source of the data gave."""
+        forms = [form_of_source(columns, self.prepare_options) for columns in self.source.column_sets]
+        return source_infos(self.source, forms, samples)
 
     def _planned(
         self,
@@ -434,6 +446,7 @@ class Job:
                 rows=samples.num_rows,
                 dropped=dict(sorted(samples.dropped.items())),
                 bad_rows=dict(sorted(samples.dropped.bad_rows.items())),
+                sources=self.source_infos(samples),
                 noted=dict(sorted(samples.dropped.noted.items())),
             ),
             totals=totals,

@@ -1,0 +1,52 @@
+"""What each source of the data gave, for the manifest and for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from cache_format.layout.manifest import SourceInfo
+from cache_format.layout.samples import PreparedSamples
+from extractor.data.dataset import RowSource
+from extractor.data.forms import Form
+
+
+def source_infos(source: RowSource, forms: Sequence[Form], samples: PreparedSamples) -> list[SourceInfo]:
+    """One of each source that was reached, in order; ``forms``: one of each source."""
+    source.read_to_the_end(samples.num_rows)
+    starts = [*source.source_starts(), samples.num_rows]
+    files = [(label, first) for first, label in source.places()]
+    infos = []
+    for number, (first, stop) in enumerate(pairwise(starts)):
+        if first >= samples.num_rows:
+            break
+        one, form, columns = source.sources[number], forms[number], source.column_sets[number]
+        of_it = (samples.source_rows >= first) & (samples.source_rows < stop)
+        infos.append(
+            SourceInfo(
+                name=one.name,
+                split=one.split,
+                weight=one.weight,
+                files={label: at for label, at in files if first <= at < min(stop, samples.num_rows)},
+                row_format=form.row_format,
+                columns=dict(form.columns),
+                unused_columns=form.unused(columns),
+                samples=int(np.count_nonzero(of_it)),
+                tokens=int(samples.num_tokens[of_it].sum()),
+                loss_tokens=int(samples.num_loss_tokens[of_it].sum()),
+            )
+        )
+    return infos
+
+
+def source_note(info: SourceInfo) -> str:
+    """``chat.jsonl:0.5: 12 samples, 3,456 tokens (789 learned); messages from conversations; not used: id``."""
+    name = info.name if info.weight == 1 else f"{info.name}:{info.weight:g}"
+    taken = ", ".join(f"{field} from {column}" for field, column in info.columns.items())
+    unused = f"; columns not used: {', '.join(info.unused_columns)}" if info.unused_columns else ""
+    return (
+        f"{name}: {info.samples:,} samples, {info.tokens:,} tokens ({info.loss_tokens:,} learned); "
+        f"{info.row_format} ({taken}){unused}"
+    )
