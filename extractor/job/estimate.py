@@ -22,7 +22,7 @@ from extractor.job.plan import Plan
 from extractor.job.report import bad_row_notes, dropped_note
 from extractor.target.layer_ids import chosen_layer_ids
 from extractor.target.load_target import TargetShape, load_config, load_tokenizer, resolve_device, resolve_dtype
-from extractor.terminal.progress import Reporter, size
+from extractor.terminal.progress import Reporter, say, size
 
 MAX_ROWS = 10_000
 """Rows tokenised at most; more are estimated from this many, spread evenly."""
@@ -78,6 +78,8 @@ def estimate(options: ExtractOptions) -> Estimate:
     dtype = resolve_dtype(target.dtype, resolve_device(target.device))
     tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code, target.chat_template)
     source = open_source(options.data, options.prepare.limit)
+    for note in filter(None, (one.note for one in source.sources)):
+        say(note)
 
     prepare = replace(options.prepare, num_embeddings=shape.vocab_size)
     lengths: list[int] = []
