@@ -256,3 +256,13 @@ def test_a_format_that_the_template_computes_cannot_be_kept() -> None:
     assert dated("{{ strftime_now('%d %b') }}", date(2026, 1, 31)) == '{{ "31 Jan" }}'
     with pytest.raises(InputError, match="computes the format"):
         dated("{{ strftime_now(format) }}", date(2026, 1, 31))
+
+
+def test_text_beside_a_call_that_is_written_behind_the_tools_result_is_refused() -> None:
+    messages = [*CONVERSATIONS["tool call"]]
+    messages[1] = {**messages[1], "content": "Let me look that up."}
+    found = Conversation(messages=messages, tools=TOOLS)
+    for name in ("gemma4", "gemma4_v5"):
+        with pytest.raises(BadRow, match="turn"):
+            converter(name)(found)
+    assert learned("qwen2_5", found)[0][0].startswith("Let me look that up.\n<tool_call>")

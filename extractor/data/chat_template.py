@@ -96,8 +96,8 @@ class ChatTemplate:
         texts, spans = rendered
         return texts[0], [(start, stop) for start, stop in spans[0] if start < stop]
 
-    def fitted(self, conversation: Conversation) -> Conversation:
-        """``conversation`` in the form that this template expects: the first of a few that it writes whole.
+    def fitted(self, conversation: Conversation) -> tuple[Conversation, str]:
+        """``conversation`` in the form that this template expects, and its text: the first of a few that is whole.
 
         Most templates take the arguments of tool calls as an object, as vLLM and SGLang give them; a few
         (DeepSeek-V3's) join JSON text to the text around it: they raise for an object, or write it as Python does.
@@ -111,7 +111,8 @@ class ChatTemplate:
                 self.render(conversation, conversation.messages)
             except BadRow:
                 conversation = _changed(conversation, _with_content)
-        problems: list[BadRow | None] = []  # of each form
+        problems: list[BadRow] = []
+        written: tuple[Conversation, str] | None = None
         for form in _forms(conversation):
             try:
                 text = self.render(form, form.messages)
@@ -119,12 +120,12 @@ class ChatTemplate:
                 problems.append(refused)
                 continue
             if all(_writes(text, message) for message in form.messages):
-                return form
-            problems.append(None)
-        if problems[0]:
+                return form, text
+            written = written or (form, text)
+        if written is None:
             in_parts = f" (with content in parts: {problems[2]})" if str(problems[2]) != str(problems[0]) else ""
             raise BadRow(f"{problems[0]}{in_parts}")
-        return conversation
+        return written
 
     def _variables(self, conversation: Conversation) -> dict[str, Any]:
         return {**self.kwargs, **conversation.template_kwargs}

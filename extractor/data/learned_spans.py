@@ -49,6 +49,7 @@ class SpanFinder:
         """
         self.render, self.messages, self.text, self.marks = render, list(messages), text, marks
         self.placeholder = _placeholder(text)
+        self._earlier: dict[int, tuple[str, str]] = {}
 
     def spans(self) -> dict[int, Span]:
         """Number of each assistant message -> where it is.
@@ -82,10 +83,9 @@ class SpanFinder:
     # -- the start --------------------------------------------------------------------------------------------------
 
     def _start(self, turn: int) -> int:
-        earlier = self.messages[:turn]
-        prompt = self.render(earlier, prompt=True)
+        prompt, without = self._before(turn)
         if self.text.startswith(prompt):
-            return len(prompt) + (self._unasked_header(turn, prompt) if prompt == self.render(earlier) else 0)
+            return len(prompt) + (self._unasked_header(turn, prompt) if prompt == without else 0)
         start = self._start_after(turn)
         if start is None:
             start = self._start_at_header(turn)
@@ -146,12 +146,12 @@ class SpanFinder:
         before = rendered.split(self.placeholder)[0]
         start = before.rfind(header) + len(header)
         # It has to be this turn's own: what ends a message may look like it.
-        added = before.count(header) > self.render(self.messages[:turn]).count(header)
+        added = before.count(header) > self._before(turn)[1].count(header)
         return start if added and self.text.startswith(before[:start]) else None
 
     def _header(self, turn: int) -> str:
         """What ``add_generation_prompt`` adds for this turn."""
-        prompt, without = self.render(self.messages[:turn], prompt=True), self.render(self.messages[:turn])
+        prompt, without = self._before(turn)
         # Some templates write an end of text where no prompt is asked for.
         return prompt[_before_open_mark(_common(prompt, without)) :]
 
@@ -171,9 +171,10 @@ class SpanFinder:
 
     def _after(self, turn: int) -> str:
         """What follows the turn's placeholder, to the end of the text."""
-        count = self.render(self._with_replaced(turn)).count(self.placeholder)
+        parts = self.render(self._with_replaced(turn)).split(self.placeholder)
+        count = len(parts) - 1
         if count == 1:
-            return self.render(self._with_replaced(turn)).split(self.placeholder)[1]
+            return parts[1]
         number = len(self.messages[turn].get("tool_calls") or ())
         if number and not count:
             raise NotDerivable(
@@ -184,14 +185,16 @@ class SpanFinder:
     def _closing(self, turn: int, after: str) -> str:
         """The beginning of ``after`` that belongs to this turn."""
         alone = [*self.messages[:turn], self._replaced(self.messages[turn])]
-        asked, last = self._asked(turn, alone), self._tail(alone)
-        if asked is not None and asked.strip() and after.startswith(asked) and self._continues(alone, asked):
+        asked, header = self._asked(turn, alone), self._header(turn)
+        closes = asked is not None and asked.strip() and after.startswith(asked)
+        # A template with a header for what is asked does not write it unasked.
+        if asked is not None and closes and (header.strip() or self._continues(alone, asked)):
             return asked
+        last = self._tail(alone)
         if last is not None and after.startswith(last) and self._continues(alone, last):
             return last
         if asked is not None and not asked.strip() and after.startswith(asked):
             return asked
-        header = self._header(turn)
         followed = turn + 1 < len(self.messages) and self.messages[turn + 1]["role"] == "assistant"
         if followed and header.strip() and header in after:
             return after[: after.index(header)]
@@ -202,11 +205,21 @@ class SpanFinder:
             ends = (self._asked(turn, plain), self._tail(plain), mark.group() if mark else None)
             for end in ends:
                 if end and end.strip() and end in after:
-                    return after[: after.index(end) + len(end)]
+                    closing = after[: after.index(end) + len(end)]
+                    self._require_alone(turn, after[len(closing) :])
+                    return closing
         always = self._before_shared_header(alone, last) if last is not None and asked in (last, None) else None
         if always and after.startswith(always):
             return always
         raise NotDerivable("what follows the assistant's text cannot be told from the next message's header")
+
+    def _require_alone(self, turn: int, rest: str) -> None:
+        """Check that the next message stands in ``rest``, what is behind this turn: Gemma 4 writes text beside a call
+        behind the tool's result."""
+        if turn + 1 < len(self.messages):
+            tail = self._tail(self._with_replaced(turn + 1))
+            if tail is None or not self.text.endswith(tail) or len(rest) <= len(tail):
+                raise NotDerivable("this template writes what others say inside the assistant's turn")
 
     def _before_shared_header(self, messages: list[Message], last: str) -> str | None:
         """What closes the last of ``messages`` where the template writes the next prompt behind every conversation.
@@ -274,6 +287,13 @@ class SpanFinder:
         if mark is None or (of_any_role and next_role != "assistant"):
             raise NotDerivable("no end-of-turn token follows the assistant's text")
         return content_end if not rest.strip() or next_role == "assistant" else stop + mark.end()
+
+    def _before(self, turn: int) -> tuple[str, str]:
+        """The text of the turns before, with the prompt for this one and without it."""
+        if turn not in self._earlier:
+            earlier = self.messages[:turn]
+            self._earlier[turn] = self.render(earlier, prompt=True), self.render(earlier)
+        return self._earlier[turn]
 
     # -- renderings with a placeholder ------------------------------------------------------------------------------
 

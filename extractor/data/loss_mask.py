@@ -75,9 +75,9 @@ class ConversationTokenizer:
         Raises:
             BadRow: the template refuses the conversation, or its learned tokens cannot be told exactly.
         """
-        conversation = self.template.fitted(self._with_system(conversation))
+        conversation, text = self.template.fitted(self._with_system(conversation))
         if self.turns == "all":
-            return self._sample(conversation, None)
+            return self._sample(conversation, None, text)
         learned = [
             n for n, m in enumerate(conversation.messages) if m["role"] == "assistant" and _learns(conversation, n)
         ]
@@ -94,14 +94,14 @@ class ConversationTokenizer:
         learn = None if conversation.learn is None else (False, *conversation.learn)
         return replace(conversation, messages=[message, *conversation.messages], learn=learn)
 
-    def _sample(self, conversation: Conversation, only: int | None) -> Encoded:
-        """One sample, with every turn learned, or only the one of this number."""
+    def _sample(self, conversation: Conversation, only: int | None, text: str | None = None) -> Encoded:
+        """One sample, with every turn learned or only this one; ``text``: that of the conversation, if known."""
         messages = conversation.messages
         tagged = self.assistant_only and self.template.has_generation_tags(tools=bool(conversation.tools))
         if tagged:
             text, stretches = self.template.render_tagged(conversation, messages)
         else:
-            text, stretches = self.template.render(conversation, messages), []
+            text, stretches = self.template.render(conversation, messages) if text is None else text, []
         check_text(text)
         _require_context(conversation, text)
         if not self.assistant_only:
