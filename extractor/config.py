@@ -26,6 +26,7 @@ OnBadRow = Literal["fail", "skip"]
 OnNonfinite = Literal["fail", "quarantine"]
 Engine = Literal["local", "ray"]
 TpPlan = Literal["auto"]
+Backend = Literal["transformers", "vllm"]
 ExportLayout = Literal["specforge", "speculators", "modelopt", "deepspec", "nemo-dspark", "angelslim"]
 
 FIELDS = (
@@ -43,6 +44,15 @@ NOT_FOR_TEMPLATES = frozenset(
 )
 """What the one who renders decides, not the variables of a chat template."""
 DEFAULT_BATCH_TOKENS = 8192
+
+_VLLM_INSTEAD = {
+    "device_map": "vLLM divides a target by --tensor-parallel and --pipeline-parallel",
+    "tp_plan": "vLLM divides a target by --tensor-parallel, without torchrun",
+    "compile": "vLLM has kernels of its own",
+    "deterministic": "vLLM's own way is VLLM_BATCH_INVARIANT=1, where its build has it",
+    "adapter": "save the target with it merged in",
+    "attn_implementation": "vLLM picks its own kernel, which the manifest names",
+}
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -73,6 +83,14 @@ class TargetOptions:
     """torch.compile the decoder layers"""
     deterministic: bool = False
     """only kernels that give the same bits every time"""
+    backend: str = "transformers"
+    """who computes the states"""
+    tensor_parallel: int = 1
+    """vllm: devices that each layer is divided over"""
+    pipeline_parallel: int = 1
+    """vllm: stages that the layers are divided into"""
+    expert_parallel: bool = False
+    """vllm: whole experts on each of those devices, instead of a part of each"""
     target_layer_ids: tuple[int, ...] | None = None
     num_draft_layers: int = 5
     """used where target_layer_ids is None: the published DFlash default for that many layers"""
@@ -87,6 +105,24 @@ class TargetOptions:
             raise InputError("--tp-plan divides no adapter; save the target with it merged in, and leave out --adapter")
         if self.chat_template is not None and not self.chat_template.is_file():
             raise InputError(f"--chat-template {self.chat_template}: no such file")
+        _require_choice("--backend", self.backend, Backend)
+        for name in ("tensor_parallel", "pipeline_parallel"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.backend == "vllm":
+            given = {
+                name: getattr(self, name) for name in ("device_map", "tp_plan", "compile", "deterministic", "adapter")
+            }
+            given["attn_implementation"] = self.attn_implementation
+            for name in (name for name, value in given.items() if value):
+                raise InputError(f"--{name.replace('_', '-')} is for --backend transformers; {_VLLM_INSTEAD[name]}")
+        elif (self.tensor_parallel, self.pipeline_parallel, self.expert_parallel) != (1, 1, False):
+            raise InputError("--tensor-parallel, --pipeline-parallel and --expert-parallel are for --backend vllm")
+
+    @property
+    def devices(self) -> int:
+        """That one copy of the target takes, as far as the backend divides it itself."""
+        return self.tensor_parallel * self.pipeline_parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +273,14 @@ class ExtractOptions:
         _require_choice("--on-nonfinite", self.on_nonfinite, OnNonfinite)
         if self.target.tp_plan and self.plan.batch_tokens is None:
             raise InputError("--batch-tokens auto cannot be tried out with --tp-plan; give a number, such as 8192")
+        if self.target.backend == "vllm":
+            if self.plan.batch_tokens is None:
+                raise InputError("--batch-tokens auto cannot be tried out with --backend vllm; give a number")
+            if self.capture.logits_topk:
+                raise InputError(
+                    "--capture logits-topk: vLLM leaves the LM head out, and gives the logits of a prompt for few "
+                    "tokens at most; use --backend transformers"
+                )
         if self.profile is not None and not self.profile.absolute().parent.is_dir():
             raise InputError(f"--profile {self.profile}: no such folder")
 

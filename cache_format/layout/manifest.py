@@ -29,7 +29,12 @@ from cache_format.storage.paths import inside, open_for_reading
 MANIFEST_NAME = "manifest.json"
 STATES = ("preparing", "extracting", "complete")
 MAX_MANIFEST_BYTES = 64 << 20
-LATER_IDENTITY = ("samples", "padding", "attn_implementation", "experts_implementation", "parameters")
+_DECIDED_BY_VLLM = tuple(f"vllm.{name}" for name in ("version", "quantization", "kv_cache_dtype", "block_size"))
+_DECIDED_BY_VLLM += ("vllm.batch_invariant", "vllm.capture")
+LATER_IDENTITY = (
+    *("samples", "padding", "attn_implementation", "experts_implementation", "parameters"),
+    *_DECIDED_BY_VLLM,
+)
 """Identity fields that are found out while the samples are prepared and the target is loaded."""
 
 LATER: Mapping[str, Any] = {"later": True}

@@ -15,6 +15,7 @@ from extractor.cli.options import (
     Adapter,
     Address,
     Attention,
+    Backend,
     BatchTokens,
     Capture,
     ChatTemplate,
@@ -32,6 +33,7 @@ from extractor.cli.options import (
     Devices,
     Dtype,
     Engine,
+    ExpertParallel,
     GpusPerWorker,
     Json,
     Limit,
@@ -42,6 +44,7 @@ from extractor.cli.options import (
     NumWorkers,
     OnBadRow,
     OnNonfinite,
+    PipelineParallel,
     Revision,
     RowFormat,
     Scratch,
@@ -53,6 +56,7 @@ from extractor.cli.options import (
     Target,
     TargetLayers,
     TemplateDate,
+    TensorParallel,
     TooLong,
     TpPlan,
     TrustRemoteCode,
@@ -82,6 +86,10 @@ def extract(
     devices: Devices = None,
     device_map: DeviceMap = None,
     tp_plan: TpPlan = None,
+    backend: Backend = "transformers",
+    tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
+    expert_parallel: ExpertParallel = False,
     attn_implementation: Attention = None,
     compile: Compile = False,
     deterministic: Deterministic = False,
@@ -125,7 +133,7 @@ def extract(
 
     Example: dflash-cache extract --target Qwen/Qwen3-8B --data train.jsonl --out /data/cache
     """
-    from extractor.engine.local import extract_on, parse_devices
+    from extractor.engine.local import engine_devices, extract_on, parse_devices
     from extractor.job.job import extract as run_extract
     from extractor.job.report import bad_row_notes, dropped_note
     from extractor.job.worker import Worker
@@ -145,7 +153,7 @@ def extract(
             raise InputError("--devices runs a whole target on each device, --tp-plan divides one over all; give one")
         if worker.world_size > 1:
             raise InputError("--devices starts workers of its own; leave it out under torchrun or srun")
-        report = extract_on(parse_devices(devices), options)
+        report = extract_on(engine_devices(parse_devices(devices), options.target.devices), options)
     elif tp_plan is not None and worker.rank > 0:
         from extractor.target.tensor_parallel import follow
 

@@ -269,6 +269,31 @@ TpPlan = Annotated[
         show_default=False,
     ),
 ]
+Backend = Annotated[
+    config.Backend,
+    typer.Option(
+        help="Who computes the states. vllm: for targets that only a serving engine can hold (quantised, hundreds of "
+        "billions of parameters, several nodes); pip install 'dflash-cache\\[vllm]'. A cache begun with one is not "
+        "resumed with the other.",
+        rich_help_panel=_TARGET,
+    ),
+]
+TensorParallel = Annotated[
+    int,
+    typer.Option(min=1, help="With --backend vllm: devices that each layer is divided over.", rich_help_panel=_TARGET),
+]
+PipelineParallel = Annotated[
+    int,
+    typer.Option(min=1, help="With --backend vllm: stages that the layers are divided into.", rich_help_panel=_TARGET),
+]
+ExpertParallel = Annotated[
+    bool,
+    typer.Option(
+        "--expert-parallel",
+        help="With --backend vllm: whole experts on each device of --tensor-parallel, instead of a part of each.",
+        rich_help_panel=_TARGET,
+    ),
+]
 Compile = Annotated[
     bool,
     typer.Option(

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cache_format.errors import InputError
+from extractor import config
 from extractor.cli.exit_codes import EXIT_FAILED, or_could_not_run
 from extractor.cli.options import Adapter, Cache, Debug, Device, Json, TrustRemoteCode
 from extractor.cli.output import show
@@ -39,6 +40,12 @@ def verify(
         str | None, typer.Option(help="With --recompute: hub id or folder of the target.", show_default=False)
     ] = None,
     adapter: Adapter = None,
+    backend: Annotated[
+        config.Backend | None,
+        typer.Option(
+            help="With --recompute: who computes the states. Default: as when the cache was made.", show_default=False
+        ),
+    ] = None,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -75,7 +82,13 @@ def verify(
 
         say(f"recompute: loading the target, then {recompute:,} forward passes of a sample each")
         again = run_recompute(
-            cache, target, recompute, device=device, trust_remote_code=trust_remote_code, adapter=adapter
+            cache,
+            target,
+            recompute,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            adapter=adapter,
+            backend=backend,
         )
         report.problems += again.problems
     if as_json:

@@ -46,6 +46,23 @@ def parse_devices(text: str) -> list[str]:
     return devices
 
 
+def engine_devices(devices: Sequence[str], each: int) -> list[str]:
+    """The first device of each worker, where a worker takes ``each`` of them that follow one another.
+
+    Raises:
+        InputError: they do not divide so.
+    """
+    groups = [devices[start : start + each] for start in range(0, len(devices), each)]
+    for group in groups:
+        numbers = [int(number) for _, colon, number in (name.partition(":") for name in group) if colon]
+        if len(group) < each or numbers != list(range(numbers[0], numbers[0] + len(numbers)) if numbers else []):
+            raise InputError(
+                f"--devices {','.join(devices)}: each engine takes {each} devices that follow one another "
+                "(--tensor-parallel times --pipeline-parallel)"
+            )
+    return [group[0] for group in groups]
+
+
 def extract_on(devices: Sequence[str], options: ExtractOptions) -> ExtractReport:
     """:func:`extractor.job.job.extract` with a worker process on each of ``devices``.
 
@@ -60,7 +77,8 @@ def extract_on(devices: Sequence[str], options: ExtractOptions) -> ExtractReport
         worker = Worker(rank=rank, world_size=len(devices), job=job)
         mine, theirs = context.Pipe(duplex=False)
         arguments = (replace(options, target=replace(options.target, device=device)), worker, theirs)
-        processes[mine] = context.Process(target=_work, args=arguments, name=f"worker {rank} ({device})", daemon=True)
+        # Not a daemon: those may not have processes of their own, as an engine of vLLM has.
+        processes[mine] = context.Process(target=_work, args=arguments, name=f"worker {rank} ({device})")
         processes[mine].start()
         theirs.close()
     try:

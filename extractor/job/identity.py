@@ -15,7 +15,7 @@ import torch
 from cache_format.codecs import codec_named
 from cache_format.device import hardware
 from cache_format.layout.manifest import Manifest, fingerprint
-from extractor.config import ExtractOptions, PrepareOptions
+from extractor.config import ExtractOptions, PrepareOptions, TargetOptions
 from extractor.data.chat_template import uses_date
 from extractor.job.plan import PLAN_VERSION
 from extractor.target.target_identity import TargetIdentity, tokenizer_identity
@@ -56,6 +56,7 @@ def inputs_identity(
         "compile": options.target.compile,
         "deterministic": options.target.deterministic,
         **({"tp_size": world_size()} if options.target.tp_plan else {}),
+        **_engine(options.target),
         "plan": PLAN_VERSION,
         **{name: value for name, value in asdict(options.plan).items() if value is not None},
     }
@@ -63,7 +64,7 @@ def inputs_identity(
 
 _OF_THE_STATES_ALONE = (
     *("target_layer_ids", "dtype", "codec", "capture", "on_nonfinite", "compile", "deterministic", "tp_size"),
-    *("plan", "shard_bytes", "batch_tokens"),
+    *("plan", "shard_bytes", "batch_tokens", "backend", "tensor_parallel", "pipeline_parallel", "expert_parallel"),
 )
 """Fields that decide nothing about the prepared samples, nor do those that begin with ``target.``."""
 
@@ -103,6 +104,14 @@ def template_date(tokenizer: Any, options: PrepareOptions, stored: Manifest | No
         # Caches of earlier versions do not say.
         return stored.identity.get("template_date")
     return date.today().isoformat()
+
+
+def _engine(target: TargetOptions) -> dict[str, Any]:
+    """Which backend, and how it divides the target; nothing for transformers, as before there were others."""
+    if target.backend == "transformers":
+        return {}
+    names = ("backend", "tensor_parallel", "pipeline_parallel", "expert_parallel")
+    return {name: getattr(target, name) for name in names}
 
 
 def software(device: torch.device) -> dict[str, str]:

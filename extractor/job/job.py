@@ -126,7 +126,7 @@ class Job:
         self.started = time.monotonic()
         self.timeline = Timeline(options.profile is not None)
         target = options.target
-        self.device = resolve_device(target.device, worker.local_rank)
+        self.device = resolve_device(target.device, worker.local_rank * target.devices)
         self.dtype = resolve_dtype(target.dtype, self.device)
         self.config = load_config(target.name, target.revision, target.trust_remote_code)
         self.shape = TargetShape.from_config(self.config)
@@ -344,7 +344,7 @@ class Job:
             plan=plan,
             samples=samples,
             backend=backend,
-            device=self.device,
+            device=backend.rows_device(self.device),
             on_nonfinite=self.options.on_nonfinite,
             timeline=self.timeline,
             on_commit=self.destination.on_commit(manifest.schema()),

@@ -45,6 +45,10 @@ class TargetBackend(ABC):
         """Whether a forward that ran out of memory may be tried again: not where other processes run it too."""
         return True
 
+    def rows_device(self, device: torch.device) -> torch.device:
+        """Where batches are wanted and rows are given: ``device`` of this worker, or host memory."""
+        return device
+
     @abstractmethod
     def forward(
         self, input_ids: Tensor, lengths: Sequence[int], out: Tensor, extra: Mapping[str, Tensor] | None = None

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from cache_format.errors import InputError
+from cache_format.layout.captures import Captures
 from cache_format.layout.manifest import Manifest
-from extractor.config import ExtractOptions
+from extractor.config import ExtractOptions, TargetOptions
 from extractor.target.adapter import with_adapter
 from extractor.target.backend import TargetBackend
 from extractor.target.deterministic import be_deterministic
@@ -16,7 +17,7 @@ from extractor.target.hooks import HFDFlashTargetModel
 from extractor.target.load_target import load_target, load_wanted
 from extractor.target.padding import padding_mode
 from extractor.target.tensor_parallel import Group, whole_embeddings
-from extractor.target.transformers_backend import TransformersBackend
+from extractor.target.transformers_backend import UNMASKED, TransformersBackend
 
 
 def load_backend(
@@ -42,6 +43,19 @@ def load_backend(
         InputError: a target that cannot be run on padded batches, or not compiled.
     """
     wanted = options.target
+    if wanted.backend == "vllm":
+        from extractor.target.vllm.load import load_vllm
+
+        assert options.plan.batch_tokens is not None
+        return load_vllm(
+            wanted,
+            target_layer_ids,
+            options.capture,
+            dtype=dtype,
+            device=device,
+            longest=longest,
+            batch_tokens=options.plan.batch_tokens,
+        )
     if wanted.deterministic:
         be_deterministic()
     if group is not None:
@@ -56,24 +70,57 @@ def load_backend(
 
 
 def load_backend_of(
-    manifest: Manifest, name: str, device: torch.device, *, trust_remote_code: bool, adapter: Path | None = None
+    manifest: Manifest,
+    name: str,
+    device: torch.device,
+    *,
+    backend: str | None = None,
+    longest: int,
+    trust_remote_code: bool,
+    adapter: Path | None = None,
 ) -> TargetBackend:
     """Load target ``name`` as the cache of ``manifest`` was made with it, hidden_states alone.
+
+    Args:
+        manifest: of the cache.
+        name: of the target.
+        device: of this process.
+        backend: another than the cache was made with.
+        longest: tokens of the longest sample that it is for, each to be run alone.
+        trust_remote_code: run code that comes with the target.
+        adapter: its folder.
 
     Raises:
         InputError: it cannot be loaded.
     """
+    made_by = manifest.identity.get("backend", "transformers")
+    backend = backend or made_by
+    if backend == "vllm":
+        from extractor.target.vllm.load import load_vllm
+
+        names = ("tensor_parallel", "pipeline_parallel", "expert_parallel")
+        divided = {key: manifest.identity[key] for key in names if key in manifest.identity}
+        options = {"trust_remote_code": trust_remote_code, "adapter": adapter, **divided}
+        return load_vllm(
+            TargetOptions(name=name, backend=backend, **options),
+            manifest.target_layer_ids,
+            Captures(),
+            dtype=manifest.torch_dtype,
+            device=device,
+            longest=longest,
+            batch_tokens=longest,
+        )
     model = load_target(
         name,
         revision=None,
         dtype=manifest.torch_dtype,
         device=device,
-        attn_implementation=manifest.identity["attn_implementation"],
+        attn_implementation=manifest.identity["attn_implementation"] if backend == made_by else None,
         trust_remote_code=trust_remote_code,
     )
     model = model if adapter is None else with_adapter(model, adapter)
     target = HFDFlashTargetModel(model, manifest.target_layer_ids)
-    return TransformersBackend(target, manifest.identity["padding"])
+    return TransformersBackend(target, manifest.identity["padding"] if backend == made_by else UNMASKED)
 
 
 def _padding_mode(target: HFDFlashTargetModel, longest: int) -> str:

@@ -77,8 +77,11 @@ def recompute(
     device: str,
     trust_remote_code: bool,
     adapter: Path | None = None,
+    backend: str | None = None,
 ) -> RecomputeReport:
     """Recompute ``count`` random samples (the same ones each time) with the target, one by one.
+
+    ``backend``: that computes them; None: the one that the cache was made with.
 
     Raises:
         InputError: the target cannot be loaded, or ``count`` is not positive.
@@ -93,14 +96,23 @@ def recompute(
     target = identify_target(target_name, None, config, adapter=adapter, trust_remote_code=trust_remote_code)
     _require_same_target(opened, target)
     on = resolve_device(device)
-    backend = load_backend_of(manifest, target_name, on, trust_remote_code=trust_remote_code, adapter=adapter)
-    target.require_unchanged()
     chosen = np.random.RandomState(0).permutation(len(opened))[:count]
+    loaded = load_backend_of(
+        manifest,
+        target_name,
+        on,
+        backend=backend,
+        longest=int(opened.index.num_tokens[chosen].max()),
+        trust_remote_code=trust_remote_code,
+        adapter=adapter,
+    )
+    on = loaded.rows_device(on)
+    target.require_unchanged()
     tolerance = tolerance_of(manifest)
     by_token: list[np.ndarray] = []
     problems: list[Problem] = []
     for i in chosen.tolist():
-        errors = token_errors(opened, i, backend, on)
+        errors = token_errors(opened, i, loaded, on)
         by_token.append(errors)
         problems += _problems(opened, i, errors, tolerance)
     together = np.concatenate(by_token)

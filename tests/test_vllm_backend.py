@@ -1,0 +1,406 @@
+"""--backend vllm, with a stand-in for vLLM: the seam, what is refused, what goes wrong. scripts/test_vllm.sh has it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import make_dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import fake_vllm
+import pytest
+import torch
+from fake_vllm import DefaultModelLoader, install
+from jobs import contents
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cache_format import FeatureCache
+from cache_format.errors import InputError
+from extractor.config import TargetOptions
+from extractor.engine.local import engine_devices
+from extractor.target.stored_embeddings import StoredWeights, stored_embeddings
+from extractor.target.vllm import engine
+from extractor.target.vllm.engine import steps
+
+
+@pytest.fixture
+def faults(monkeypatch):
+    for name in ("VLLM_LOGGING_LEVEL", "VLLM_ENABLE_V1_MULTIPROCESSING"):
+        monkeypatch.setenv(name, os.environ.get(name, "ERROR"))
+    return install(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """Samples of 4 to 48 tokens, two of them alike."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    lengths = [48, 48, 31, 20, 20, 9, 4, 4]
+    ids = [[(7 * n + 3 * place) % 1900 + 20 for place in range(length)] for n, length in enumerate(lengths)]
+    ids[1] = ids[0]
+    path.write_text("".join(json.dumps({"input_ids": row, "loss_mask": [1] * len(row)}) + "\n" for row in ids))
+    return path
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_target, rows) -> list[str]:
+    return [
+        *("extract", "--target", str(tiny_target), "--data", str(rows), "--device", "cpu", "--target-layers", "4,0,2"),
+        *("--max-length", "64", "--shard-size", "64KiB", "--batch-tokens", "96"),
+    ]
+
+
+VLLM = ("--backend", "vllm")
+
+
+def done(cli, *command) -> str:
+    code, out, err = cli(*command)
+    assert code == 0, err
+    return out + err
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Of a token's states of a layer, as a share of their norm."""
+    one, other = FeatureCache.open(one), FeatureCache.open(other)
+    worst = 0.0
+    for mine, theirs in zip(one, other, strict=True):
+        assert torch.equal(mine.input_ids, theirs.input_ids)
+        a, b = (x.hidden_states.view(-1, len(one.target_layer_ids), one.hidden_size) for x in (mine, theirs))
+        worst = max(worst, float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max()))
+    return worst
+
+
+@pytest.fixture
+def by_transformers(cli, arguments, once) -> Path:
+    return once("vllm-tests-by-transformers", lambda out: done(cli, *arguments, "--out", out))
+
+
+@pytest.mark.parametrize("auxiliary", [True, False])
+def test_states_are_those_of_transformers(cli, arguments, faults, tmp_path, by_transformers, auxiliary):
+    faults.auxiliary = auxiliary
+    said = done(cli, *arguments, *VLLM, "--out", tmp_path / "c")
+    assert "vLLM is up after" in said
+    assert "its states are those of transformers" in said
+    made, expected = FeatureCache.open(tmp_path / "c"), FeatureCache.open(by_transformers)
+    assert largest_difference(tmp_path / "c", by_transformers) < 2e-6
+    assert made.manifest.target == expected.manifest.target
+    for of in ("get_input_embeddings", "get_output_embeddings"):
+        assert torch.equal(getattr(made, of)().weight, getattr(expected, of)().weight)
+    identity = made.manifest.identity
+    assert identity["backend"] == "vllm"
+    assert identity["attn_implementation"] == "vllm FAKE_ATTN"
+    assert identity["padding"] == "none"
+    assert identity["vllm.version"] == "0.32.0"
+    assert identity["vllm.capture"] == ("auxiliary outputs" if auxiliary else "layer hooks")
+
+
+def test_a_batch_is_a_step_and_nothing_is_left_in_shared_memory(cli, arguments, faults, tmp_path):
+    before = set(os.listdir(engine.SHARED_MEMORY))
+    done(cli, *arguments, *VLLM, "--out", tmp_path / "c")
+    run = faults.steps[3:]
+    assert sorted(length for lengths in run for length in lengths) == [4, 4, 9, 20, 20, 31, 48, 48]
+    assert all(sum(lengths) <= 96 for lengths in run)
+    assert not [name for name in set(os.listdir(engine.SHARED_MEMORY)) - before if name.startswith("dflash")]
+    asked = faults.arguments
+    assert asked["max_model_len"] == 48 + 1
+    assert asked["max_num_batched_tokens"] >= 96
+    assert (asked["enable_prefix_caching"], asked["enable_chunked_prefill"]) == (False, False)
+    assert asked["enforce_eager"]
+
+
+def test_last_hidden_states(cli, arguments, faults, tmp_path):
+    capture = ("--capture", "last_hidden_states")
+    done(cli, *arguments, *capture, "--out", tmp_path / "t")
+    done(cli, *arguments, *capture, *VLLM, "--out", tmp_path / "v")
+    mine, theirs = (FeatureCache.open(tmp_path / name)[2].last_hidden_states for name in "vt")
+    assert (mine - theirs).norm() / theirs.norm() < 2e-6
+    assert faults.arguments["model_loader_extra_config"] == {"num_layers": 6}
+
+
+def test_only_the_layers_up_to_the_last_captured_are_loaded(cli, arguments, faults, tmp_path):
+    done(cli, *arguments, *VLLM, "--out", tmp_path / "c")
+    assert faults.arguments["model_loader_extra_config"] == {"num_layers": 5}
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"backwards": True}, "other states than transformers gives at layer"),
+        ({"bad_layer": 2}, "NaN or Inf at layer 2"),
+        ({"same_layers": True}, "the same states for layers 4 and 0"),
+        ({"wrong_by": 0.05}, "other states than transformers gives"),
+        ({"looks_beside": True}, "a sample gives other states beside others"),
+        ({"multimodal": True}, "is a multimodal model"),
+    ],
+)
+def test_an_engine_that_gives_something_else_is_refused_at_the_start(cli, arguments, faults, tmp_path, fault, said):
+    faults.__dict__.update(fault)
+    code, _, err = cli(*arguments, *VLLM, "--out", tmp_path / "c")
+    assert code == 2
+    assert said in err
+    assert not list((tmp_path / "c" / "shards").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"lost": 1}, "each once, and got"),
+        ({"chunks": 2}, "took 2 passes"),
+        ({"dies_after": 5}, "the engine has failed (RuntimeError: Executor failed.)"),
+        ({"bad_layer": 0}, "the target gave NaN or Inf at layer 0"),
+    ],
+)
+def test_an_engine_that_fails_on_the_way_leaves_finished_shards(
+    cli, arguments, faults, tmp_path, monkeypatch, fault, said
+):
+    done(cli, *arguments, *VLLM, "--out", tmp_path / "whole")
+    generate = fake_vllm.LLM.generate
+
+    def after_two_batches(self, *given, **named):
+        if len(faults.steps) >= 5:
+            faults.__dict__.update(fault)
+        generate(self, *given, **named)
+
+    faults.steps.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_vllm.LLM, "generate", after_two_batches)
+        code, _, err = cli(*arguments, *VLLM, "--out", tmp_path / "c")
+    assert code == 1
+    assert said in err
+    finished = contents(tmp_path / "c" / "shards")
+    assert 0 < len(finished) < len(contents(tmp_path / "whole" / "shards"))
+    install(monkeypatch)
+    done(cli, *arguments, *VLLM, "--out", tmp_path / "c")
+    assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("begun_with", ["vllm", "transformers"])
+def test_a_cache_is_not_resumed_with_the_other_backend(cli, arguments, faults, tmp_path, begun_with):
+    other = {"vllm": "transformers", "transformers": "vllm"}[begun_with]
+    done(cli, *arguments, "--backend", begun_with, "--out", tmp_path / "c")
+    before = contents(tmp_path / "c")
+    code, _, err = cli(*arguments, "--backend", other, "--out", tmp_path / "c")
+    assert code == 2
+    assert "backend: cache has" in err
+    assert contents(tmp_path / "c") == before
+
+
+@pytest.mark.parametrize("backend", [None, "transformers", "vllm"])
+def test_recompute_across_backends(cli, arguments, faults, tmp_path, tiny_target, by_transformers, backend):
+    done(cli, *arguments, *VLLM, "--out", tmp_path / "c")
+    other = () if backend is None else ("--backend", backend)
+    for cache in (tmp_path / "c", by_transformers):
+        steps = len(faults.steps)
+        again = done(cli, "verify", cache, "--recompute", "3", "--target", tiny_target, "--device", "cpu", *other)
+        assert "that target" in again
+        by_vllm = backend == "vllm" or (backend is None and cache != by_transformers)
+        assert (len(faults.steps) > steps) == by_vllm
+
+
+def test_another_layer_s_states_do_not_pass_recompute(cli, arguments, faults, tmp_path, tiny_target, monkeypatch):
+    done(cli, *arguments, "--out", tmp_path / "c")
+    faults.wrong_by = 0.2
+    monkeypatch.setattr("extractor.target.vllm.load.prove", lambda *_, **__: None)
+    code, out, _ = cli("verify", tmp_path / "c", "--recompute", "3", "--target", tiny_target, "--device", "cpu", *VLLM)
+    assert code == 1
+    assert "is not what the target gives" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--capture", "logits-topk=4"), "--capture logits-topk"),
+        (("--batch-tokens", "auto"), "--batch-tokens auto"),
+        (("--device-map", "auto"), "--device-map is for --backend transformers"),
+        (("--tp-plan", "auto"), "--tp-plan is for --backend transformers"),
+        (("--compile",), "--compile is for --backend transformers"),
+        (("--deterministic",), "VLLM_BATCH_INVARIANT"),
+        (("--attn-implementation", "sdpa"), "--attn-implementation is for"),
+        (("--backend", "transformers", "--tensor-parallel", "2"), "are for --backend vllm"),
+        (("--backend", "transformers", "--expert-parallel"), "are for --backend vllm"),
+        (("--devices", "cpu,cpu,cpu", "--tensor-parallel", "2"), "each engine takes 2 devices"),
+    ],
+)
+def test_options_that_do_not_go_together(cli, arguments, tmp_path, options, said):
+    code, _, err = cli(*arguments, *VLLM, *options, "--out", tmp_path / "c")
+    assert code == 2
+    assert said in err
+    assert not (tmp_path / "c").exists()
+
+
+def test_vllm_is_not_installed(cli, arguments, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    code, _, err = cli(*arguments, *VLLM, "--out", tmp_path / "c")
+    assert code == 2
+    assert "pip install 'dflash-cache[vllm]'" in err
+
+
+def test_more_tokens_than_positions(cli, arguments, faults, tmp_path, tiny_target):
+    shutil.copytree(tiny_target, tmp_path / "short")
+    path = tmp_path / "short" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 40}))
+    command = [str(tmp_path / "short") if value == str(tiny_target) else value for value in arguments]
+    code, _, err = cli(*command, *VLLM, "--out", tmp_path / "c")
+    assert code == 2
+    assert "--max-length 40" in err
+
+
+def test_no_room_in_shared_memory(cli, arguments, faults, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    code, _, err = cli(*arguments, *VLLM, "--out", tmp_path / "c")
+    assert code == 2
+    assert "--shm-size" in err
+
+
+def test_what_transformers_leaves_out_of_a_config_is_given_to_vllm(faults, tmp_path):
+    from transformers import DeepseekV3Config
+
+    from extractor.target.vllm.load import left_out_by_transformers
+
+    config = DeepseekV3Config()
+    assert left_out_by_transformers(config) == {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    config.scoring_func, config.topk_method = "sigmoid", "noaux_tc"
+    assert left_out_by_transformers(config) == {}
+
+
+@pytest.mark.parametrize("lengths", [[], [5], [300], [16] * 8, [48, 48, 31, 20, 20, 9, 4, 4], [1] * 3000])
+def test_steps(lengths):
+    cut = list(steps(lengths, 96, 16))
+    assert [place for part in cut for place in range(part.start, part.stop)] == list(range(len(lengths)))
+    for part in cut:
+        assert part.stop - part.start == 1 or fits(lengths[part])
+    for one, other in pairwise(cut):
+        assert not fits(lengths[one.start : other.start + 1])
+
+
+def fits(lengths: list[int]) -> bool:
+    """In a step of 96 tokens, with blocks of 16."""
+    rooms = [-(-length // 16) * 16 for length in lengths]
+    return sum(lengths) <= 96 and sum(rooms) <= 2 * 96 and len(lengths) <= engine.MOST_REQUESTS
+
+
+def test_most_requests(monkeypatch):
+    monkeypatch.setattr(engine, "MOST_REQUESTS", 4)
+    assert [part.stop - part.start for part in steps([1] * 9, 1000, 1)] == [4, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("devices", "each", "first"),
+    [
+        (["cuda:0", "cuda:1", "cuda:2", "cuda:3"], 2, ["cuda:0", "cuda:2"]),
+        (["cuda:4", "cuda:5"], 1, ["cuda:4", "cuda:5"]),
+        (["cpu", "cpu"], 2, ["cpu"]),
+    ],
+)
+def test_devices_of_engines(devices, each, first):
+    assert engine_devices(devices, each) == first
+
+
+@pytest.mark.parametrize(("devices", "each"), [(["cuda:0", "cuda:2"], 2), (["cuda:0", "cuda:1", "cuda:2"], 2)])
+def test_devices_that_do_not_make_engines(devices, each):
+    with pytest.raises(InputError, match="follow one another"):
+        engine_devices(devices, each)
+
+
+class _Model(nn.Module):
+    def __init__(self, tied: bool):
+        super().__init__()
+        self.embed, self.lm_head, self.norm = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False), nn.Linear(4, 4)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_loader_stops_at_the_last_captured_layer_and_drops_the_head(faults, monkeypatch, tied):
+    import vllm.distributed.utils as distributed
+
+    from extractor.target.vllm.loader import TruncatedLoader
+
+    seen = {}
+
+    def make() -> nn.Module:
+        seen.update(stages=[distributed.get_pp_indices(8, rank, 2) for rank in (0, 1)])
+        return _Model(tied)
+
+    stored = ["embed.weight", "model.layers.1.w", "model.layers.3.w", "model.layers.30.w", "lm_head.weight", "norm.w"]
+    monkeypatch.setattr(DefaultModelLoader, "weights", tuple((name, torch.zeros(1)) for name in stored))
+    loader = TruncatedLoader(LoadConfig("dflash_cache", {"num_layers": 4}))
+    config = SimpleNamespace(get_vocab_size=lambda: 7)
+    model = loader.load_model(SimpleNamespace(make=make), config)
+    assert seen["stages"] == [(0, 2), (2, 4)]
+    assert distributed.get_pp_indices is fake_vllm.get_pp_indices
+    assert model.embed.weight.shape == (7, 4)
+    assert model.lm_head.weight.numel() == (28 if tied else 0)
+    assert model.compute_logits(torch.ones(3, 4)).shape == (3, 7)
+    loaded = [name for name, _ in loader.get_all_weights(None, _Model(tied))]
+    expected = ["embed.weight", "model.layers.1.w", "model.layers.3.w", "norm.w"]
+    assert sorted(loaded) == sorted(expected + (["lm_head.weight"] if tied else []))
+    loader.track_weights_loading(_Model(False), {"embed.weight", "norm.weight", "norm.bias"})
+    with pytest.raises(ValueError, match=r"norm\.bias"):
+        loader.track_weights_loading(_Model(False), {"embed.weight", "norm.weight"})
+
+
+LoadConfig = make_dataclass("LoadConfig", ["load_format", "model_loader_extra_config"])
+
+
+def saved(folder: Path, tiny_target: Path, change) -> Path:
+    """The tiny target with other weight files: ``change(tensors) -> tensors``."""
+    shutil.copytree(tiny_target, folder)
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_embeddings_out_of_files_under_another_prefix(tmp_path, tiny_target, untied):
+    from transformers import AutoConfig
+
+    head = torch.randn(load_file(tiny_target / "model.safetensors")["model.embed_tokens.weight"].shape)
+
+    def change(tensors):
+        renamed = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+        return {**renamed, "language_model.lm_head.weight": head} if untied else renamed
+
+    folder = saved(tmp_path / "t", tiny_target, change)
+    config = AutoConfig.from_pretrained(folder)
+    config.tie_word_embeddings = not untied
+    found = stored_embeddings(StoredWeights(str(folder), None), config, torch.bfloat16, False)
+    embed = load_file(tiny_target / "model.safetensors")["model.embed_tokens.weight"].bfloat16()
+    assert torch.equal(found.get_input_embeddings().weight, embed)
+    expected = head.bfloat16() if untied else embed
+    assert torch.equal(found.get_output_embeddings().weight, expected)
+    assert (found.get_output_embeddings().weight is found.get_input_embeddings().weight) == (not untied)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: {n: v for n, v in t.items() if "embed" not in n}, "have 0 tensors for"),
+        (lambda t: {**t, "model.embed_tokens.weight": torch.zeros(8, 8, dtype=torch.uint8)}, "may be quantised"),
+    ],
+)
+def test_embeddings_that_cannot_be_read(tmp_path, tiny_target, change, said):
+    from transformers import AutoConfig
+
+    folder = saved(tmp_path / "t", tiny_target, change)
+    with pytest.raises(InputError, match=said):
+        stored_embeddings(StoredWeights(str(folder), None), AutoConfig.from_pretrained(folder), torch.float32, False)
+
+
+def test_weights_that_are_not_safetensors(tmp_path, tiny_target):
+    shutil.copytree(tiny_target, tmp_path / "t")
+    (tmp_path / "t" / "model.safetensors").rename(tmp_path / "t" / "pytorch_model.bin")
+    with pytest.raises(InputError, match="not safetensors"):
+        StoredWeights(str(tmp_path / "t"), None)
+
+
+def test_the_largest_engine_is_counted_in_devices():
+    assert TargetOptions(name="t", backend="vllm", tensor_parallel=4, pipeline_parallel=2).devices == 8
+    with pytest.raises(InputError, match="at least 1"):
+        TargetOptions(name="t", backend="vllm", tensor_parallel=0)
