@@ -325,7 +325,7 @@ def parse_captures(texts: Sequence[str]) -> Captures:
         name, _, number = text.partition("=")
         if text == "last_hidden_states":
             captures = replace(captures, last_hidden_states=True)
-        elif name == "logits-topk" and number.isdigit() and int(number) > 0:
+        elif name == "logits-topk" and number.isascii() and number.isdigit() and int(number) > 0:
             captures = replace(captures, logits_topk=int(number))
         else:
             raise InputError(f"--capture {text!r}: choose last_hidden_states or logits-topk=K, such as logits-topk=64")
@@ -340,7 +340,7 @@ def parse_batch_tokens(text: str) -> int | None:
     """
     if text == "auto":
         return None
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise InputError(f"--batch-tokens {text!r}: write auto, or a number of tokens such as 8192")
     return int(text)
 

@@ -289,7 +289,7 @@ def test_killed_and_run_again_gives_the_same_files(source, exported, tmp_path, n
     killed = subprocess.run([sys.executable, "-c", KILL, source, name, out, after], stderr=subprocess.PIPE)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert json.loads((out / "export.json").read_text())["state"] == "exporting"
-    kept = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.suffix != ".tmp"}
+    kept = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and not p.name.startswith(".")}
     export(FeatureCache.open(source), LAYOUTS[name], out)
     assert contents(out) == contents(exported[name])
     del kept[out / "export.json"]

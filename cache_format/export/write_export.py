@@ -14,6 +14,8 @@ from cache_format.errors import CacheError, InputError, MismatchError, StorageEr
 from cache_format.export.interface import Layout, LeftOut
 from cache_format.reading.feature_cache import SEEN, FeatureCache
 from cache_format.storage.commit import committed, make_folder, remove_temporaries, write_all
+from cache_format.storage.lock import LOCK_NAME, writing
+from cache_format.storage.paths import inside
 
 MARKER_NAME = "export.json"
 FORMAT_NAME = "dflash-cache-export"
@@ -68,7 +70,7 @@ def plan_export(cache: FeatureCache, layout: Layout, out: Path) -> ExportPlan:
     _check_out(cache, layout, out)
     files = total = done_files = done_bytes = 0
     for file in layout.files(cache):
-        done = os.path.lexists(out / file.name)
+        done = os.path.lexists(inside(out, file.name))
         files, total = files + 1, total + file.num_bytes
         done_files, done_bytes = done_files + done, done_bytes + done * file.num_bytes
     plan = ExportPlan(
@@ -100,18 +102,27 @@ def export(
 
     Raises:
         InputError, MismatchError: as for :func:`plan_export`.
-        CacheError: the cache is damaged.
+        CacheError: the cache is damaged, or a sub-folder leads out of ``out`` through a symbolic link.
+        LockedError: another export is writing there.
         StorageError: the operating system refused; what was finished is kept.
     """
     layout.check(cache)
     marker = _check_out(cache, layout, out)
     make_folder(out)
+    with writing(out):
+        return _write(cache, layout, out, marker, progress)
+
+
+def _write(
+    cache: FeatureCache, layout: Layout, out: Path, marker: dict[str, Any], progress: Callable[[int, int], None]
+) -> ExportReport:
     with committed(out / MARKER_NAME) as file:
         write_all(file, _json(marker))
     written = size = done_files = done_bytes = left_out = 0
     folders: set[Path] = set()
     for entry in layout.files(cache):
-        path = out / entry.name
+        # A sub-folder that is a link would lead the writing out of OUT.
+        path = inside(out, entry.name)
         if path.parent not in folders:
             folders.add(path.parent)
             make_folder(path.parent)
@@ -143,7 +154,7 @@ def _check_out(cache: FeatureCache, layout: Layout, out: Path) -> dict[str, Any]
     if not out.is_dir():
         raise InputError(f"{out} is not a folder; choose another OUT")
     if not os.path.lexists(out / MARKER_NAME):
-        if any(not name.endswith(".tmp") for name in os.listdir(out)):
+        if any(name != LOCK_NAME and not name.endswith(".tmp") for name in os.listdir(out)):
             raise InputError(f"{out} is not empty and was not written by an export; choose another OUT")
         return marker
     found = _read_marker(out / MARKER_NAME)

@@ -48,7 +48,7 @@ def shard_name(number: int) -> str:
 
 def finished_shards(names: Iterable[str]) -> list[int]:
     """Numbers of the shards among ``names``, the files in shards/, in order."""
-    numbers = (re.fullmatch(r"shard-(\d{5,12})\.safetensors", name) for name in names)
+    numbers = (re.fullmatch(r"shard-([0-9]{5,12})\.safetensors", name) for name in names)
     return sorted(int(match[1]) for match in numbers if match)
 
 

@@ -6,9 +6,11 @@ final name is therefore whole, whatever happened to the process or the machine (
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,6 +41,11 @@ def sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        # Some network and FUSE file systems know no fsync of a folder; Python shows a warning of one place once.
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        warnings.warn(f"the file system of {folder} cannot fsync a folder; a power cut may lose names", stacklevel=2)
     finally:
         os.close(fd)
 

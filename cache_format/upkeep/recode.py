@@ -26,10 +26,11 @@ from cache_format.layout.manifest import MANIFEST_NAME, Manifest, require_same_i
 from cache_format.layout.shard_layout import ShardSchema, shard_name
 from cache_format.layout.shard_reader import ShardFile
 from cache_format.reading.feature_cache import FeatureCache
-from cache_format.storage.commit import committed, make_folder, remove_temporaries
+from cache_format.storage.commit import committed, make_folder
 from cache_format.storage.file_info import file_info
 from cache_format.storage.host_memory import host_memory
 from cache_format.storage.lock import writing
+from cache_format.storage.own_folders import begin_folders
 from cache_format.storage.paths import inside
 from cache_format.writing.encode import encode_shard
 from cache_format.writing.seal import seal
@@ -215,9 +216,8 @@ def _check_out(source: FeatureCache, out: Path, manifest: Manifest) -> None:
 
 def begin(source: FeatureCache, out: Path, manifest: Manifest) -> None:
     """Clear what a killed run left; copy samples/ and target/, then write the manifest, unless they are there."""
-    for folder in {out, out / "shards", *((out / name).parent for name in manifest.files)}:
-        make_folder(folder)
-        remove_temporaries(folder)
+    folders = [name.rpartition("/")[0] for name in manifest.files]
+    begin_folders(out, ["shards", *(name for name in folders if name)])
     if (out / MANIFEST_NAME).exists():
         return
     for name, info in manifest.files.items():

@@ -16,7 +16,7 @@ from cache_format.layout.embeddings import EMBEDDINGS_NAME
 from cache_format.layout.index import INDEX_NAME, SHARDS_NAME, Index, ShardRow, read_index, read_shards, shard_rows
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
 from cache_format.layout.samples import PreparedSamples, Sample, part_path
-from cache_format.layout.shard_layout import ShardSchema, shard_name
+from cache_format.layout.shard_layout import ShardSchema, finished_shards, shard_name
 from cache_format.layout.shard_reader import ShardFile
 from cache_format.storage.commit import TEMPORARY_SUFFIX
 from cache_format.storage.file_info import file_info
@@ -134,11 +134,12 @@ class _Verification:
         if (self.cache / MANIFEST_NAME).read_bytes() != self.manifest.to_bytes():
             yield Problem(file=MANIFEST_NAME, problem="is not written the way this format writes it; it was changed")
         if self.manifest.state != "complete":
-            yield Problem(
-                file=MANIFEST_NAME,
-                field="state",
-                problem=f"is {self.manifest.state}, not complete; run the cache's `dflash-cache extract` command again",
-            )
+            run = "run the cache's `dflash-cache extract` command again"
+            problem = f"is {self.manifest.state}, not complete; {run}"
+            if self.manifest.totals is not None:
+                there = len(finished_shards(self.folder.names("shards")))
+                problem = f"unfinished: {there:,} of {self.manifest.totals.shards:,} shards; {run}"
+            yield Problem(file=MANIFEST_NAME, field="state", problem=problem)
 
     def _unnamed_files(self) -> Iterator[Problem]:
         """Files that every cache has and this manifest has no checksum of."""
@@ -251,6 +252,9 @@ class _Verification:
     ) -> tuple[list[Problem], int, int]:
         """Problems of one shard, its samples, and its size in bytes."""
         name = shard_name(number)
+        if self.manifest.state != "complete" and not self.folder.has(name):
+            # Still to be made: one line about all of them says so.
+            return [], 0, 0
         try:
             source = self.folder.open(name) if self.quick else self.folder.open_whole(name)
             with ShardFile(source, schema, number) as shard:

@@ -6,6 +6,7 @@ Exit codes: 0 done or whole, 1 failed on the way or damaged, 2 could not start (
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -84,11 +85,16 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         say(f"error: {error}")
-        could_not_start = isinstance(error, InputError | MismatchError | LockedError)
+        could_not_start = isinstance(error, InputError | MismatchError | LockedError) or _is_a_wrong_name(error)
         sys.exit(EXIT_COULD_NOT_START if could_not_start else EXIT_FAILED)
     except OSError as error:
         if debug:
             traceback.print_exc()
         where = error.filename or ""
         say(f"error: {StorageError(where, 'go on', error) if where else error}")
-        sys.exit(EXIT_FAILED)
+        sys.exit(EXIT_COULD_NOT_START if _is_a_wrong_name(error) else EXIT_FAILED)
+
+
+def _is_a_wrong_name(error: Exception) -> bool:
+    """A name that no file system takes: too long, or a loop of links."""
+    return getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP)

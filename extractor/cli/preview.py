@@ -98,6 +98,6 @@ def preview(
         return
     colour = wants_colour(sys.stdout)
     for found in shown:
-        show_text(describe_row(looked, found, colour, whole=row is not None) + "\n")
+        show_text(describe_row(looked, found, colour, whole=row is not None) + "\n", coloured=True)
     if row is None:
         show_text(describe_counts(looked.counts(), looked))

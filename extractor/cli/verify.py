@@ -92,8 +92,9 @@ def verify(
         )
         report.problems += again.problems
     if as_json:
+        proves = {"proves": PROVES[report.depth]} if report.whole else {}
         extra = {} if again is None else {"recompute": asdict(again)}
-        show(json.dumps({**asdict(report), "whole": report.whole, "proves": PROVES[report.depth], **extra}))
+        show(json.dumps({**asdict(report), "whole": report.whole, **proves, **extra}))
     else:
         for problem in report.problems:
             show(problem)
@@ -113,7 +114,7 @@ def verify(
                 show("this proves: their states belong to their tokens and to that target")
         elif recompute:
             show("nothing was recomputed: first mend what is listed above")
-        if not report.whole:
+        if any(problem.field != "state" for problem in report.problems):
             show(f"to mend it: dflash-cache repair {cache}")
     if not report.whole:
         raise typer.Exit(EXIT_FAILED)

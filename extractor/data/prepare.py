@@ -278,7 +278,7 @@ def _finished_parts(folder: Path, num_rows: int | None, made_for: str) -> dict[i
     finished = {}
     for path in folder.glob("samples-*.arrow"):
         number = path.stem.removeprefix("samples-")
-        if not number.isdigit() or path != part_path(folder, int(number)):
+        if not (number.isascii() and number.isdigit()) or path != part_path(folder, int(number)):
             continue
         first = int(number) * ROWS_PER_PART
         with suppress(CacheError):

@@ -11,9 +11,9 @@ import numpy as np
 
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
 from cache_format.layout.shard_layout import ShardSchema, shard_name
-from cache_format.storage.commit import make_folder, remove_temporaries
+from cache_format.storage.commit import make_folder
 from cache_format.storage.lock import writing
-from cache_format.storage.paths import inside
+from cache_format.storage.own_folders import begin_folders
 from cache_format.writing.seal import seal
 from extractor.job.destination import Destination
 from extractor.job.missing_shards import missing_shards, require_all_files
@@ -109,7 +109,4 @@ class FolderDestination(Destination):
 
 def clear(folder: Path) -> None:
     """Make the folders of a cache and remove what killed processes left half-written, before any other worker comes."""
-    # Checked before anything is made or removed: a link would lead both out of the cache.
-    for path in (folder, *(inside(folder, name) for name in ("samples", "shards", "target"))):
-        make_folder(path)
-        remove_temporaries(path)
+    begin_folders(folder, ("samples", "shards", "target"))

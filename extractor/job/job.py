@@ -28,7 +28,7 @@ from extractor.data.prepare import form_of_source, prepare
 from extractor.job.destination import Destination
 from extractor.job.folder_destination import FolderDestination
 from extractor.job.identity import inputs_identity, other_software, samples_identity, software, template_date
-from extractor.job.out_folder import require_space, shards_schema
+from extractor.job.out_folder import refuse_out_inside_data, require_space, shards_schema
 from extractor.job.plan import Plan
 from extractor.job.report import ExtractReport, bad_row_notes, dropped_note, noted_notes, progress_note
 from extractor.job.run_shards import RunStats, ShardRunner
@@ -88,6 +88,8 @@ def opened(
     """
     destination = destination_of(options, worker)
     destination.refuse_foreign()
+    sources = options.data if isinstance(options.data, tuple) else (options.data,)
+    refuse_out_inside_data(options.out, [source.name for source in sources])
     stored = destination.manifest()
     job = Job(options, destination, worker, stored, on_todo, on_stats)
     if stored is not None:

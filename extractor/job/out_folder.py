@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,20 @@ def shards_schema(manifest: Manifest) -> ShardSchema:
     """The shards' schema for sizes: the fingerprint may not be known yet, but its length is."""
     schema = manifest.schema()
     return schema if schema.fingerprint else replace(schema, fingerprint="0" * 64)
+
+
+def refuse_out_inside_data(out: Path, sources: Iterable[str]) -> None:
+    """Refuse an OUT that the next run would read as data.
+
+    Raises:
+        InputError: it lies in the folder of one of ``sources``.
+    """
+    for source in sources:
+        folder = Path(source).expanduser()
+        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise InputError(
+                f"--out {out} lies inside --data {source}, and would be read as data; choose another --out"
+            )
 
 
 def refuse_foreign_folder(out: Path) -> None:

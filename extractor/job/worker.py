@@ -74,6 +74,6 @@ class _Numbers:
 
     def __call__(self, name: str, default: int) -> int:
         text = self._environment.get(name, str(default))
-        if not text.isdigit():
+        if not (text.isascii() and text.isdigit()):
             raise InputError(f"environment variable {name} is {text!r}; it must be a number")
         return int(text)

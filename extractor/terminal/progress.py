@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Column
 
+from extractor.terminal.learned_text import printable
+
 LINE_EVERY_SECONDS = 10.0
 
 
@@ -70,7 +72,7 @@ class Reporter:
 def say(text: str) -> None:
     """One line for the person at the terminal or in the log; a full log stops no work."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def compact(number: float) -> str:

@@ -1,0 +1,153 @@
+"""Nothing outside OUT is touched, nothing foreign reaches the terminal raw, and what cannot begin says so."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import commands
+import pytest
+
+from cache_format.errors import InputError
+from cache_format.layout.manifest import Manifest
+from cache_format.layout.shard_layout import finished_shards
+from cache_format.storage.commit import sync_folder
+from extractor.job.out_folder import refuse_out_inside_data
+
+
+@pytest.fixture
+def outside(tmp_path) -> Path:
+    """Somebody else's folder, with what looks like a half-written file."""
+    folder = tmp_path / "outside"
+    (folder / ".sub.tmp").mkdir(parents=True)
+    (folder / ".x.tmp").write_bytes(b"not ours")
+    return folder
+
+
+@pytest.mark.parametrize("folder", ["samples", "shards", "target"])
+def test_a_recode_follows_no_folder_out(made, cli, tmp_path, outside, folder):
+    out = tmp_path / "recoded"
+    out.mkdir()
+    (out / folder).symlink_to(outside)
+    code, _, err = cli("recode", made, out, "--codec", "zbits")
+    assert (code, "leads out of the cache" in err, "Traceback" in err) == (1, True, False), err
+    assert sorted(path.name for path in outside.iterdir()) == [".sub.tmp", ".x.tmp"]
+
+
+def test_an_export_follows_no_folder_out(made, cli, tmp_path, outside):
+    out = tmp_path / "exported"
+    assert cli("export", made, out, "--to", "specforge", "--yes")[0] == 0
+    folder = next(path for path in sorted(out.iterdir()) if path.is_dir())
+    shutil.rmtree(folder)
+    folder.symlink_to(outside)
+    code, _, err = cli("export", made, out, "--to", "specforge", "--yes")
+    assert (code, "leads out of the cache" in err, "Traceback" in err) == (1, True, False), err
+    assert sorted(path.name for path in outside.iterdir()) == [".sub.tmp", ".x.tmp"]
+
+
+def test_of_several_exports_at_once_one_works_and_the_others_say_who_does(made, tmp_path):
+    out = tmp_path / "exported"
+    exports = [commands.start("export", made, out, "--to", "specforge", "--yes") for _ in range(3)]
+    ends = [(export.communicate()[1], export.returncode) for export in exports]
+    assert any(code == 0 for _, code in ends)
+    for err, code in ends:
+        assert code == 0 or (code == 2 and "is writing this cache" in err), err
+    assert not list(out.rglob(".*"))
+
+
+def test_an_out_inside_the_data_is_refused_at_the_start(tmp_path):
+    (tmp_path / "data").mkdir()
+    for out in ("data/cache", "data", "data/a/b"):
+        with pytest.raises(InputError, match="lies inside --data"):
+            refuse_out_inside_data(tmp_path / out, ["hub/name", str(tmp_path / "data")])
+    refuse_out_inside_data(tmp_path / "data-cache", [str(tmp_path / "data"), str(tmp_path / "rows.jsonl")])
+
+
+@pytest.mark.filterwarnings("ignore:the file system of")
+@pytest.mark.parametrize(("number", "stops"), [(errno.EINVAL, False), (errno.EOPNOTSUPP, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_sync_folders_is_used(tmp_path, monkeypatch, number, stops):
+    def refuse(_fd):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if stops:
+        with pytest.raises(OSError, match="error"):
+            sync_folder(tmp_path)
+    else:
+        sync_folder(tmp_path)
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[31mred\u202e"
+
+
+def test_nothing_foreign_reaches_the_terminal_raw(made, cli, tmp_path):
+    cache = shutil.copytree(made, tmp_path / "cache")
+    manifest = Manifest.read(cache)
+    replace(manifest, target=replace(manifest.target, name=HOSTILE)).write(cache)
+    (cache / "shards" / f"{HOSTILE[:4]}.safetensors").write_bytes(b"x")
+    os.rename(cache / "shards" / "shard-00001.safetensors", os.fsencode(cache / "shards") + b"/\xff\xfe")
+    for command in (["inspect"], ["verify"], ["verify", "--quick"], ["repair", "--dry-run"]):
+        _, out, err = cli(command[0], cache, *command[1:])
+        for character in "\x1b\x07\u202e":
+            assert character not in out + err
+        assert "Traceback" not in err
+    assert r"\x1b]0;owned\x07" in cli("inspect", cache)[1]
+
+
+def test_names_that_cannot_be_are_told(made, cli, tmp_path):
+    for name in ("x" * 300, "a/" * 3000):
+        for command in (["verify", name], ["inspect", name], ["recode", made, name, "--codec", "zbits"]):
+            code, _, err = cli(*command)
+            assert (code, "Traceback" in err) == (2, False), (command, err)
+    code, _, err = cli("verify", os.fsdecode(b"/tmp/\xff"))
+    assert (code, "not UTF-8" in err) == (2, True)
+
+
+def test_only_digits_are_digits():
+    assert finished_shards(["shard-00003.safetensors", "shard-0000\u00b2.safetensors", "shard-\u0660" * 2]) == [3]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("seconds", [0.3, 1.0])
+def test_a_signal_while_modules_are_imported(number, code, seconds):
+    begin = "import sys; sys.argv = ['dflash-cache', 'verify', '/nowhere']; "
+    begin += "import extractor.cli as c, importlib, time; old = importlib.import_module; print('up', flush=True); "
+    begin += "sys.meta_path.insert(0, type('Slow', (), {'find_spec': lambda self, *a: time.sleep(0.05)})()); c.main()"
+    process = subprocess.Popen([sys.executable, "-c", begin], stdout=-1, stderr=-1, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(seconds)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, "Traceback" in err) == (code, False), err
+
+
+def test_an_unfinished_cache_is_one_line(made, cli, tmp_path):
+    cache = shutil.copytree(made, tmp_path / "cache")
+    manifest = Manifest.read(cache)
+    files = {name: info for name, info in manifest.files.items() if name not in ("index.arrow", "shards.arrow")}
+    for name in ("index.arrow", "shards.arrow"):
+        (cache / name).unlink()
+    shards = sorted((cache / "shards").iterdir())
+    for shard in shards[2:]:
+        shard.unlink()
+    replace(manifest, state="extracting", files=files, measured=None).write(cache)
+    code, out, _ = cli("verify", cache)
+    assert code == 1
+    assert f"unfinished: 2 of {len(shards)} shards; run the cache's `dflash-cache extract` command again" in out
+    assert "repair" not in out
+    code, out, _ = cli("verify", cache, "--json")
+    report = json.loads(out)
+    assert (len(report["problems"]), "proves" in report) == (1, False)
+    data = bytearray(shards[0].read_bytes())
+    data[-20] ^= 1
+    shards[0].write_bytes(data)
+    assert len(json.loads(cli("verify", cache, "--json")[1])["problems"]) == 2
