@@ -44,8 +44,8 @@ def dropped_note(dropped: Mapping[str, int]) -> str:
 
 _NOTED = {
     "rejected_side": "rejected sides of preference rows are left out; the chosen ones are taken",
-    "reasoning_left_out": "learned turns whose reasoning the chat template does not write there; --turns each learns "
-    "each answer as it was generated",
+    "reasoning_left_out": "learned turns whose reasoning the chat template does not write there; with --turns each or "
+    "last it is learned where the template writes it in a last turn",
 }
 
 
