@@ -387,7 +387,6 @@ def _require_room(options: LoaderOptions, lengths: np.ndarray) -> None:
 def _arrived(batch: DFlashTargetBatch, host: Gathered, copied: Any, done: int) -> tuple[DFlashTargetBatch, int]:
     """A batch that the current stream may use; its host memory is free for the next read once the copy is over."""
     current = current_stream(batch.input_ids.device)
-    current.wait_event(copied)
     for field in fields(batch):
         tensor = getattr(batch, field.name)
         if tensor is not None:

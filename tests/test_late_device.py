@@ -1,0 +1,138 @@
+"""On a device that does everything later: the bytes of the CPU, and each wait that is left out shows."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import commands
+import late_device
+import make_tiny_target
+import pytest
+import torch
+from jobs import contents
+from late_device import EAGERNESS, in_a_process, install
+from synthetic import write_cache
+
+from cache_format import DFlashTargetBatch, FeatureCache
+
+CAPTURES = ["--capture", "last_hidden_states", "--capture", "logits-topk=3"]
+MAIN_AHEAD, SIDE_AHEAD = 1, 2
+
+
+@pytest.fixture(scope="module")
+def small(demo_jsonl, tmp_path_factory) -> list[object]:
+    """Arguments of an extraction of 3 shards, of 4 batches each, from a target of two small layers."""
+    folder = tmp_path_factory.mktemp("late")
+    make_tiny_target.make_tiny_target(folder / "tiny", demo_jsonl, layers=2, hidden_size=32, vocab_size=512)
+    return [
+        *("extract", "--target", folder / "tiny", "--data", demo_jsonl, "--target-layers", "0", "--limit", "36"),
+        *("--max-length", "96", "--shard-size", "160KiB", "--batch-tokens", "300", "--dtype", "float32"),
+    ]
+
+
+def shards(cache: Path) -> dict[str, bytes]:
+    """All but the manifest, which says on what device a cache was made."""
+    return {name: data for name, data in contents(cache).items() if name != "manifest.json"}
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu(small, tmp_path_factory) -> Callable[..., dict[str, bytes]]:
+    @functools.cache
+    def made(*options: str) -> dict[str, bytes]:
+        out = tmp_path_factory.mktemp("cpu") / "cache"
+        commands.made(*small, *options, "--device", "cpu", "--out", out)
+        return shards(out)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("options", "seed"),
+    [([], 0), ([], MAIN_AHEAD), ([], SIDE_AHEAD), (["--codec", "fp8"], 3), (["--codec", "zbits"], 4), (CAPTURES, 1)],
+    ids=str,
+)
+def test_an_extraction_gives_the_bytes_of_the_cpu(small, on_the_cpu, tmp_path, options, seed):
+    out = tmp_path / "cache"
+    code, _, errors = commands.run(
+        *small, *options, "--device", "late", "--out", out, before=functools.partial(install, seed)
+    )
+    assert code == 0, errors
+    assert shards(out) == on_the_cpu(*options)
+
+
+def install_without(seed: int, mutant: tuple[Any, ...]) -> None:
+    install(seed, seconds_of_a_thread=0.2)
+    late_device.without(*mutant)
+
+
+RUN = "extractor.job.run_shards"
+
+
+@pytest.mark.parametrize(
+    ("seed", "mutant"),
+    [
+        (0, (RUN, "end.arrived.synchronize()")),
+        (SIDE_AHEAD, (RUN, "self._stream.wait_stream(current_stream(self._device))", 0)),
+        (SIDE_AHEAD, (RUN, "self._stream.wait_stream(current_stream(self._device))", 1)),
+        (MAIN_AHEAD, (RUN, "current_stream(self._device).wait_event(copied)")),
+        (0, (RUN, "buffer = self._free.get()", 0, "buffer = vars(self).setdefault('_one', self._free.queue[0])")),
+    ],
+    ids=lambda x: "" if isinstance(x, int) else x[1],
+)
+def test_a_wait_that_is_left_out_of_an_extraction_shows(small, on_the_cpu, tmp_path, seed, mutant):
+    out = tmp_path / "cache"
+    code, _, errors = commands.run(
+        *small, "--device", "late", "--out", out, before=functools.partial(install_without, seed, mutant)
+    )
+    assert "NaN or Inf" in errors if code else shards(out) != on_the_cpu()
+
+
+LENGTHS = [40, 31, 38, 33, 37, 39, 32, 36, 35, 34] * 3
+
+
+@pytest.fixture(scope="module", params=["raw", "fp8"])
+def cache(request, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("loader") / request.param
+    write_cache(path, LENGTHS, dtype="bfloat16", hidden=64, codec=request.param)
+    return path
+
+
+def trained_on(path: Path, seed: int, mutant: tuple[Any, ...] | None) -> tuple[bool, int]:
+    """Whether a trainer that drops each batch before its work on it is done saw what is stored; bytes that crossed."""
+    late = install(seed)
+    if mutant is not None:
+        late_device.without(*mutant)
+    stored = FeatureCache.open(path)
+    options: dict[str, Any] = {"batch_size": 2, "shuffle": True, "threads": 2}
+    seen: list[list[torch.Tensor]] = []
+    for batch in stored.loader(**options, device="late"):
+        seen.append([tensor + 0 for tensor in vars(batch).values() if tensor is not None])
+        del batch
+    crossed = sum(late.crossed)
+    right = [[t for t in vars(batch).values() if t is not None] for batch in stored.loader(**options)]
+    pairs = [pair for ours, theirs in zip(seen, right, strict=True) for pair in zip(ours, theirs, strict=True)]
+    same = all(torch.equal(ours.cpu(), theirs) for ours, theirs in pairs)
+    return same, crossed
+
+
+@pytest.mark.parametrize("seed", range(len(EAGERNESS)))
+def test_a_loader_gives_what_is_stored(cache, seed):
+    assert in_a_process(trained_on, cache, seed, None)[0]
+
+
+LOADER = "cache_format.reading.loader"
+
+
+@pytest.mark.parametrize(
+    ("seed", "mutant"),
+    [
+        (SIDE_AHEAD, (LOADER, "used_on(tensor, current)")),
+        (0, (LOADER, "copied.synchronize()")),
+    ],
+    ids=lambda x: "" if isinstance(x, int) else x[1],
+)
+def test_a_wait_that_is_left_out_of_the_loader_shows(cache, seed, mutant):
+    assert not in_a_process(trained_on, cache, seed, mutant)[0]
