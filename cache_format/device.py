@@ -111,6 +111,15 @@ def timing_event(device: torch.device, stream: Any) -> Any:
     return stream.record_event(_module(device).Event(enable_timing=True))
 
 
+def event_to_sleep_for(device: torch.device, stream: Any) -> Any:
+    """An event recorded on ``stream`` now; a thread that waits for it sleeps, where it would else keep a core busy."""
+    try:
+        event = _module(device).Event(blocking=True)
+    except TypeError:
+        event = _module(device).Event()
+    return stream.record_event(event)
+
+
 def used_on(tensor: Tensor, stream: Any) -> None:
     """Say that ``stream`` uses ``tensor``, which another one allocated: its memory is not given away before."""
     tensor.record_stream(stream)

@@ -378,11 +378,11 @@ def _captured(tree: Any) -> Any:
 class _Runtime:
     """What torch.cuda.cudart() has of page-locked memory."""
 
-    def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:  # noqa: N802
+    def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
         _late.registered[pointer] = size
         return 0
 
-    def cudaHostUnregister(self, pointer: int) -> int:  # noqa: N802
+    def cudaHostUnregister(self, pointer: int) -> int:
         del _late.registered[pointer]
         return 0
 

@@ -10,6 +10,7 @@ The manifest holds ``codec.to_dict()``; a stored name maps to a class (codecs/__
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -111,7 +112,8 @@ class RowCodec(Codec):
         """Write ``rows [n, L*H]`` into the tensors named by ``tensors``, without waiting for the device.
 
         Returns:
-            float64 ``[2, L]`` on the rows' device: each layer's energy and that of its error; None where lossless.
+            float64 ``[n, 2, L]`` on the rows' device: of each token and layer the energy and that of its error; None
+            where lossless.
         """
 
     @abstractmethod
@@ -121,6 +123,12 @@ class RowCodec(Codec):
     def decode_into(self, stored: Mapping[str, Tensor], out: Tensor, states: States) -> None:
         """The same on the host, into ``out [n, L*H]``."""
         out.copy_(self.decode(stored, states))
+
+
+def total_energy(by_token: Tensor) -> Tensor:
+    """``[2, L]`` of ``[n, 2, L]`` on the host: rounded once, so that it does not depend on the order of the tokens."""
+    columns = by_token.flatten(1).T.tolist()
+    return torch.tensor([math.fsum(column) for column in columns], dtype=torch.float64).view(by_token.shape[1:])
 
 
 class BlockCodec(Codec):

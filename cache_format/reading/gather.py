@@ -72,9 +72,11 @@ class Gathered:
     """what is still to be done to the states"""
 
     def to(self, device: torch.device | str) -> Gathered:
-        """Copy it, without waiting."""
+        """Copy it, without waiting; what stands in the batch for encoded states is copied once."""
         encoded = {name: tensor.to(device, non_blocking=True) for name, tensor in self.encoded.items()}
-        return replace(self, batch=self.batch.to(device, non_blocking=True), encoded=encoded)
+        states = encoded.get("hidden_states", self.batch.hidden_states)
+        batch = replace(self.batch, hidden_states=states).to(device, non_blocking=True)
+        return replace(self, batch=batch, encoded=encoded)
 
     def decoded(self) -> DFlashTargetBatch:
         """The batch, its hidden_states decoded, and cast, where they are."""

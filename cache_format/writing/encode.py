@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
+from concurrent.futures import Executor, wait
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from cache_format.codecs import BlockCodec, RowCodec, States
-from cache_format.codecs.interface import BLOCK_STARTS, BLOCKS, ENERGY
+from cache_format.codecs.interface import BLOCK_STARTS, BLOCKS, ENERGY, total_energy
 from cache_format.layout.shard_layout import ShardSchema
 from cache_format.writing.shard_buffer import ShardBuffer
 
@@ -20,6 +23,7 @@ def encode_shard(
     num_tokens: np.ndarray,
     raw: Mapping[str, torch.Tensor],
     into: ShardBuffer | None,
+    encoders: Executor | None = None,
 ) -> ShardBuffer:
     """Shard ``number`` of ``schema``; a pure function of the samples and their order.
 
@@ -30,6 +34,7 @@ def encode_shard(
         num_tokens: ``[n]``
         raw: what the shard would hold with the raw codec: a tensor with one row a token for each name.
         into: memory that is used again where it has the room; None: new memory.
+        encoders: threads that encode the samples of a :class:`BlockCodec` side by side; None: one after the other.
     """
     codec, states = schema.codec, schema.states
     most = _most_bytes(schema, number, len(sample_ids), int(num_tokens.sum()))
@@ -45,17 +50,19 @@ def encode_shard(
     if isinstance(codec, RowCodec):
         energy = codec.encode(rows, {name: into.tensor(name) for name in encoded}, states)
         if energy is not None:
-            into.tensor(ENERGY).copy_(energy)
+            into.tensor(ENERGY).copy_(total_energy(energy))
     if isinstance(codec, BlockCodec):
-        _encode_blocks(codec, bits_of(rows, states), states, into)
+        _encode_blocks(codec, bits_of(rows, states), states, into, encoders)
     return into
 
 
-def encode_buffer(filled: ShardBuffer, schema: ShardSchema, into: ShardBuffer | None) -> ShardBuffer:
-    """The shard that ``filled`` holds under ``schema.raw``, under ``schema``; in ``into`` if it has the room."""
+def encode_buffer(
+    filled: ShardBuffer, schema: ShardSchema, into: ShardBuffer | None, encoders: Executor | None = None
+) -> ShardBuffer:
+    """The shard that ``filled`` holds under ``schema.raw``, under ``schema``; the rest as :func:`encode_shard`."""
     ids, lengths = filled.tensor("sample_ids").numpy(), np.diff(filled.cu_seqlens)
     raw = {tensor.name: filled.tensor(tensor.name) for tensor in schema.raw.token_tensors}
-    return encode_shard(schema, filled.number, ids, lengths, raw, into)
+    return encode_shard(schema, filled.number, ids, lengths, raw, into, encoders)
 
 
 def _most_bytes(schema: ShardSchema, number: int, num_samples: int, num_tokens: int) -> int:
@@ -69,12 +76,37 @@ def bits_of(rows: torch.Tensor, states: States) -> np.ndarray:
     return rows.view(signed).numpy().view(f"<u{states.dtype.itemsize}")
 
 
-def _encode_blocks(codec: BlockCodec, rows: np.ndarray, states: States, into: ShardBuffer) -> None:
+def _encode_blocks(
+    codec: BlockCodec, rows: np.ndarray, states: States, into: ShardBuffer, encoders: Executor | None
+) -> None:
     shared = codec.shared(rows, states)
     for name, values in shared.items():
         into.tensor(name).numpy()[:] = values
     starts, blocks = into.tensor(BLOCK_STARTS).numpy(), into.tensor(BLOCKS).numpy()
     starts[0] = 0
-    for i, (start, stop) in enumerate(zip(into.cu_seqlens, into.cu_seqlens[1:], strict=False)):
-        starts[i + 1] = starts[i] + codec.encode_sample(rows[start:stop], shared, blocks[starts[i] :])
+    samples = list(zip(into.cu_seqlens.tolist(), into.cu_seqlens[1:].tolist(), strict=False))
+    if encoders is None:
+        for i, (start, stop) in enumerate(samples):
+            starts[i + 1] = starts[i] + codec.encode_sample(rows[start:stop], shared, blocks[starts[i] :])
+    else:
+        # Each where it would stand if all before it took the most they can.
+        most = [codec.most_bytes(stop - start, states) for start, stop in samples]
+        rooms = np.concatenate([[0], np.cumsum(most)]).tolist()
+        futures = [
+            encoders.submit(codec.encode_sample, rows[start:stop], shared, blocks[low:high])
+            for (start, stop), (low, high) in zip(samples, pairwise(rooms), strict=True)
+        ]
+        try:
+            for i, future in enumerate(futures):
+                starts[i + 1] = starts[i] + future.result()
+                _move(blocks, rooms[i], int(starts[i]), int(starts[i + 1] - starts[i]))
+        finally:
+            # They write into this buffer.
+            wait(futures)
     into.end_blocks(int(starts[-1]))
+
+
+def _move(memory: np.ndarray, source: int, target: int, count: int) -> None:
+    """Move bytes of ``memory`` that may overlap, which numpy would do through a copy of them all."""
+    if source != target:
+        ctypes.memmove(memory[target:].ctypes.data, memory[source:].ctypes.data, count)

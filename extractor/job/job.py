@@ -329,8 +329,8 @@ class Job:
         decided = dict(backend.decided)
         if manifest.state == "preparing":
             if self.options.plan.batch_tokens is None and "batch_tokens" not in manifest.identity:
-                longest, total = int(samples.num_tokens.max()), int(samples.num_tokens.sum())
-                found = backend.find_batch_tokens(self.device, longest, total)
+                longest, largest_shard = int(samples.num_tokens.max()), plan.largest_shard_tokens
+                found = backend.find_batch_tokens(self.device, longest, largest_shard)
                 self.say(f"--batch-tokens auto: {found:,}")
                 decided["batch_tokens"] = found
             manifest = self.commit(self._planned(manifest, samples, plan, decided, backend))

@@ -91,6 +91,17 @@ class Plan:
         ids = self._order[self._bounds[place] : self._bounds[place + 1]]
         return ids, self._num_tokens[ids]
 
+    @property
+    def most_batch_tokens(self) -> int:
+        """No batch has more real tokens: a longer sample is a batch of its own, and no batch is larger than a shard."""
+        return min(max(self.batch_tokens, int(self._num_tokens.max())), self.largest_shard_tokens)
+
+    @property
+    def largest_shard_tokens(self) -> int:
+        """Tokens of the largest shard, whatever ``batch_tokens`` is."""
+        ends = np.concatenate([[0], np.cumsum(self._num_tokens[self._order])])
+        return int(np.diff(ends[self._bounds]).max())
+
     def shard_bytes(self, schema: ShardSchema) -> np.ndarray:
         """int64 ``[num_shards]``: file size of each shard, by number; exact but where it depends on the states."""
         ends = np.concatenate([[0], np.cumsum(self._num_tokens[self._order])])

@@ -1,19 +1,21 @@
 """Shard by shard: batches through the target, rows to their place in a shard buffer, the file written behind the next.
 
 Host memory is bounded: three shard buffers and one batch, whatever the dataset's size, and with a codec that works on
-the host two more. While the target works on one shard, background threads encode, checksum and commit those before;
-with all buffers busy the target waits for the disk.
+the host two more. While the target works on one shard, background threads encode, checksum and commit those before,
+the samples of a shard on all cores that are left; with all buffers busy the target waits for the disk.
 On a device with streams the rows of a batch leave on one of their own while the next batch runs.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,18 @@ from torch import Tensor
 
 from cache_format.codecs import RawCodec, RowCodec
 from cache_format.codecs.dtypes import DTYPES
-from cache_format.codecs.interface import ENERGY
-from cache_format.device import CPU, current_stream, has_streams, new_stream, on_stream, synchronize, to_host, used_on
+from cache_format.codecs.interface import ENERGY, total_energy
+from cache_format.device import (
+    CPU,
+    current_stream,
+    event_to_sleep_for,
+    has_streams,
+    new_stream,
+    on_stream,
+    synchronize,
+    to_host,
+    used_on,
+)
 from cache_format.errors import DFlashCacheError
 from cache_format.layout.samples import PreparedSamples
 from cache_format.layout.shard_layout import ShardSchema, shard_name
@@ -87,7 +99,7 @@ class _ShardEnd:
     nonfinite: Tensor
     """bool ``[n, checked]``"""
     energy: Tensor | None
-    """float64 ``[2, L]``: what a lossy codec measured"""
+    """float64 ``[T, 2, L]``: what a lossy codec measured of each token"""
     arrived: Any
     """event; None: it is there"""
 
@@ -203,22 +215,25 @@ class ShardRunner:
         shard: ShardPlan,
         end: _ShardEnd,
         free: queue.LifoQueue[ShardBuffer],
+        encoders: Executor | None,
     ) -> tuple[int, float]:
         """Writer thread: check, commit, give the buffer back; returns the file's bytes and the seconds it took."""
         if end.arrived is not None:
             with self.timeline.span("wait for the device"):
                 end.arrived.synchronize()
         started = time.monotonic()
-        kept = buffer
-        if end.energy is not None:
-            kept.tensor(ENERGY).copy_(end.energy)
-        if end.nonfinite.any():
+        kept, dropped = buffer, end.nonfinite.any(dim=1).numpy()
+        if dropped.any():
             self._refuse_unless_quarantined(shard, end.nonfinite)
-            kept = kept.without(end.nonfinite.any(dim=1).numpy())
+            kept = kept.without(dropped)
+        if end.energy is not None:
+            of_kept = torch.from_numpy(np.repeat(~dropped, shard.num_tokens))
+            kept.tensor(ENERGY).copy_(total_energy(end.energy[of_kept]))
         if self.schema.has_blocks:
             with self.timeline.span("encode"):
                 # Memory that each writer thread uses again.
-                kept = self._thread.encoded = encode_buffer(kept, self.schema, getattr(self._thread, "encoded", None))
+                into = getattr(self._thread, "encoded", None)
+                kept = self._thread.encoded = encode_buffer(kept, self.schema, into, encoders)
         with self.timeline.span("checksum and write"):
             num_bytes = kept.commit(self.cache / shard_name(shard.number), read_next=self.on_commit is not None)
         free.put(buffer)
@@ -257,10 +272,13 @@ class Making:
         self._free: queue.LifoQueue[ShardBuffer] = queue.LifoQueue()
         for _ in range(min(NUM_BUFFERS, len(numbers))):
             self._free.put(ShardBuffer(largest, pin_memory=has_streams(runner.device)))
-        most_tokens = max(runner.plan.batch_tokens, int(runner.samples.num_tokens.max()))
-        self._rows = _DeviceRows(runner._filled, runner.device, most_tokens)
+        self._rows = _DeviceRows(runner._filled, runner.device, runner.plan.most_batch_tokens)
         self._writing: deque[Future[tuple[int, float]]] = deque()
         self._writer = ThreadPoolExecutor(NUM_BUFFERS - 1, thread_name_prefix="shard-writer")
+        self._encoders = None
+        if runner.schema.has_blocks:
+            # The target's thread and a writer have a core each.
+            self._encoders = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 2), thread_name_prefix="encoder")
 
     def make(self, number: int) -> Future[tuple[int, float]]:
         """Run the target over shard ``number``; gives the file's bytes, and the seconds it took, once it is committed.
@@ -278,7 +296,7 @@ class Making:
         shard = runner.plan.shard(number)
         end = runner._fill(buffer, shard, self._rows, stats, self._started, self._report)
         stats.shards += 1
-        written = self._writer.submit(runner._finish, buffer, shard, end, self._free)
+        written = self._writer.submit(runner._finish, buffer, shard, end, self._free, self._encoders)
         self._writing.append(written)
         return written
 
@@ -286,7 +304,7 @@ class Making:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        with self._writer:
+        with self._encoders or nullcontext(), self._writer:
             if kind is None:
                 self._finish_all()
 
@@ -316,7 +334,7 @@ class _DeviceRows:
         self._turn = 0
         self._memories = [] if self._in_place else [self._memory(most_tokens) for _ in range(2 if self._stream else 1)]
         self._taken: dict[str, Tensor] = {}
-        self._energy: Tensor | None = None
+        self._energy: list[Tensor] = []
 
     def take(self, places: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Where to put hidden_states ``[n, L*H]`` and the captures of a batch whose rows belong to ``places``."""
@@ -345,15 +363,15 @@ class _DeviceRows:
 
     def leave_last(self, nonfinite: Tensor) -> _ShardEnd:
         """Copy what is known of the shard to the host, behind all its rows."""
-        energy, self._energy = self._energy, None
+        energies, self._energy = self._energy, []
         if self._stream is None:
-            return _ShardEnd(nonfinite, energy, None)
+            return _ShardEnd(nonfinite, torch.cat(energies) if energies else None, None)
         self._stream.wait_stream(current_stream(self._device))
         with on_stream(self._device, self._stream):
             used_on(nonfinite, self._stream)
             host = to_host(nonfinite)
-            energy = None if energy is None else to_host(energy)
-        return _ShardEnd(host, energy, self._stream.record_event())
+            energy = to_host(torch.cat(energies)) if energies else None
+        return _ShardEnd(host, energy, event_to_sleep_for(self._device, self._stream))
 
     def busy(self) -> bool:
         """Whether the device still has work that it was given."""
@@ -369,7 +387,7 @@ class _DeviceRows:
         assert isinstance(codec, RowCodec)
         energy = codec.encode(self._taken["hidden_states"], places, self._schema.states)
         if energy is not None:
-            self._energy = energy if self._energy is None else self._energy + energy
+            self._energy.append(energy)
         for tensor in self._schema.captures:
             places[tensor.name].copy_(self._taken[tensor.name], non_blocking=True)
 

@@ -66,13 +66,13 @@ class TargetBackend(ABC):
         """
 
     @abstractmethod
-    def find_batch_tokens(self, device: torch.device, longest: int, total: int) -> int:
+    def find_batch_tokens(self, device: torch.device, longest: int, most: int) -> int:
         """The largest batch that fits ``device``, in tokens with padding, for ``--batch-tokens auto``.
 
         Args:
             device: of this worker.
             longest: tokens of the longest sample.
-            total: tokens of all samples.
+            most: tokens of the largest shard, which no batch crosses the end of.
         """
 
     def release_memory(self, device: torch.device) -> None:

@@ -36,12 +36,12 @@ def largest_fitting(fits: Callable[[int], bool], most: int) -> int:
     return tokens
 
 
-def find_batch_tokens(backend: TargetBackend, device: torch.device, longest: int, total: int) -> int:
+def find_batch_tokens(backend: TargetBackend, device: torch.device, longest: int, most: int) -> int:
     """Tokens of a batch for a target on ``device``; 8192 on the CPU, where memory is not what limits it.
 
     Args:
         longest: tokens of the longest sample.
-        total: tokens of all samples.
+        most: tokens of the largest shard, which no batch crosses the end of.
     """
     if not has_streams(device):
         return DEFAULT_BATCH_TOKENS
@@ -58,7 +58,7 @@ def find_batch_tokens(backend: TargetBackend, device: torch.device, longest: int
             synchronize(device)
         return peak_share(device) <= USABLE_SHARE
 
-    found = largest_fitting(fits, total)
+    found = largest_fitting(fits, most)
     release_memory(device)
     return found
 

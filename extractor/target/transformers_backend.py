@@ -93,9 +93,9 @@ class TransformersBackend(TargetBackend):
         """See :class:`TargetBackend`."""
         return self._embeddings
 
-    def find_batch_tokens(self, device: torch.device, longest: int, total: int) -> int:
+    def find_batch_tokens(self, device: torch.device, longest: int, most: int) -> int:
         """See :class:`TargetBackend`."""
-        return find_batch_tokens(self, device, longest, total)
+        return find_batch_tokens(self, device, longest, most)
 
     @torch.inference_mode()
     def forward(

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache_format.codecs import CODECS, Fp8Codec, RawCodec, States, ZbitsCodec, codec_from_dict
-from cache_format.codecs.fp8 import SCALES
+from cache_format.codecs import CODECS, RawCodec, States, ZbitsCodec, codec_from_dict
+from cache_format.codecs.fp8 import LARGEST, SCALES, Fp8Codec, _on_device
+from cache_format.codecs.interface import total_energy
 from cache_format.writing.encode import bits_of
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -111,15 +112,42 @@ def test_zbits_that_claim_a_terabyte_are_refused_before_it_is_allocated():
 def test_fp8_keeps_its_documented_bound(dtype):
     states = States(dtype, 5, 256)
     rows = realistic(100, states)
-    stored, energy = fp8(rows, states)
+    stored, by_token = fp8(rows, states)
+    energy = total_energy(by_token)
     decoded = Fp8Codec().decode(stored, states)
     x, y = (t.double().view(-1, 5, 256) for t in (rows, decoded))
     bound = torch.maximum(x.abs() / 16, stored[SCALES].double()[..., None] / 1024)
     rounding = (x.abs() + bound) * torch.finfo(dtype).eps + 1e-7
     assert ((x - y).abs() <= bound + rounding).all()
     assert torch.allclose(energy[0], x.square().sum((0, 2)), rtol=1e-4)
-    assert torch.allclose(energy[1], (x - y).square().sum((0, 2)), rtol=1e-2)
+    unrounded = stored["hidden_states"].double().view(-1, 5, 256) * stored[SCALES].double()[..., None]
+    assert torch.allclose(energy[1], (x - unrounded).square().sum((0, 2)), rtol=1e-4)
     assert (10 * torch.log10(energy[0] / energy[1]) > 30).all()
+
+
+@given(st.sampled_from(DTYPES), st.integers(1, 30), st.sampled_from([1, 7, 64, 96, 257, 1000]), st.floats(1e-30, 1e30))
+def test_fp8_encodes_to_the_same_bits_on_the_host_as_on_a_device(dtype, tokens, hidden, scale):
+    """Values, scales and energies; -0.0, ties and steps below the smallest power of two too."""
+    states = States(dtype, 2, hidden)
+    rows = (realistic(tokens, States(torch.float32, 2, hidden)) * scale).to(dtype).nan_to_num(1.0, 1.0, 1.0)
+    steps = torch.arange(-hidden, hidden) / 1024
+    rows[0] = torch.where(steps.abs() < 1, steps, LARGEST).to(dtype)
+    stored, energy = fp8(rows, states)
+    layers = rows.view(tokens, 2, hidden)
+    values = torch.empty(layers.shape, dtype=torch.float8_e4m3fn)
+    scales, sums = _on_device(layers, values)
+    assert torch.equal(stored["hidden_states"].view(torch.int8), values.view(torch.int8).flatten(1))
+    assert torch.equal(stored[SCALES], scales)
+    expected = sums.double() * (scales.double() * 256).square()
+    assert torch.equal(energy, expected.nan_to_num(0, 0, 0).transpose(0, 1))
+
+
+def test_an_energy_does_not_depend_on_how_tokens_were_batched():
+    states = States(torch.bfloat16, 5, 320)
+    rows = realistic(100, states)
+    whole = total_energy(fp8(rows, states)[1])
+    parts = [fp8(rows[start:stop], states)[1] for start, stop in ((0, 1), (1, 40), (40, 100))]
+    assert torch.equal(total_energy(torch.cat(parts)), whole)
 
 
 @given(st.sampled_from(DTYPES), st.integers(1, 20), st.floats(1e-30, 1e30))
