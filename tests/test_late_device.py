@@ -17,6 +17,7 @@ from late_device import EAGERNESS, in_a_process, install
 from synthetic import write_cache
 
 from cache_format import FeatureCache
+from cache_format.layout.manifest import Manifest
 
 CAPTURES = ["--capture", "last_hidden_states", "--capture", "logits-topk=3"]
 MAIN_AHEAD, SIDE_AHEAD = 1, 2
@@ -94,11 +95,17 @@ def test_a_wait_that_is_left_out_of_an_extraction_shows(small, on_the_cpu, tmp_p
 LENGTHS = [40, 31, 38, 33, 37, 39, 32, 36, 35, 34] * 3
 
 
-@pytest.fixture(scope="module", params=["raw", "fp8"])
-def cache(request, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("loader") / request.param
-    write_cache(path, LENGTHS, dtype="bfloat16", hidden=64, codec=request.param)
-    return path
+@pytest.fixture(scope="module")
+def caches(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("loader")
+    for codec in ("raw", "fp8"):
+        write_cache(folder / codec, LENGTHS, dtype="bfloat16", hidden=512, codec=codec)
+    return {codec: folder / codec for codec in ("raw", "fp8")}
+
+
+@pytest.fixture(params=["raw", "fp8"])
+def cache(request, caches) -> Path:
+    return caches[request.param]
 
 
 def trained_on(path: Path, seed: int, mutant: tuple[Any, ...] | None) -> tuple[bool, int]:
@@ -137,3 +144,26 @@ LOADER = "cache_format.reading.loader"
 )
 def test_a_wait_that_is_left_out_of_the_loader_shows(cache, seed, mutant):
     assert not in_a_process(trained_on, cache, seed, mutant)[0]
+
+
+def test_with_fp8_half_the_bytes_cross_the_bus(caches):
+    crossed = {codec: in_a_process(trained_on, path, 0, None)[1] for codec, path in caches.items()}
+    assert crossed["fp8"] <= 0.51 * crossed["raw"]
+
+
+def install_small(memory: int) -> None:
+    install(MAIN_AHEAD, memory)
+
+
+def test_batch_tokens_auto_finds_what_fits_and_no_more_than_a_shard_holds(small, on_the_cpu, tmp_path):
+    """A device whose memory would hold 8192 tokens and more, and one for which that is too much."""
+    found = {}
+    for memory in (1 << 30, 6 << 20):
+        out = tmp_path / str(memory)
+        arguments = [*small, "--shard-size", "2MiB", "--batch-tokens", "auto", "--device", "late", "--out", out]
+        code, _, errors = commands.run(*arguments, before=functools.partial(install_small, memory))
+        assert code == 0, errors
+        found[memory] = Manifest.read(out).identity["batch_tokens"]
+        assert shards(out) == on_the_cpu("--shard-size", "2MiB", "--batch-tokens", str(found[memory]))
+    assert found[1 << 30] == 8192
+    assert found[6 << 20] < 8192

@@ -13,4 +13,5 @@ def decided_in_fact(model: Any) -> dict[str, Any]:
     kinds = Counter(str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters())
     decided: dict[str, Any] = {"parameters": ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))}
     experts = getattr(getattr(model, "config", None), "_experts_implementation", None)
-    return decided if experts is None else {**decided, "experts_implementation": experts}
+    mixture = any(name.endswith("experts") for name, _ in model.named_modules())
+    return decided if experts is None or not mixture else {**decided, "experts_implementation": experts}
