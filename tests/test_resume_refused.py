@@ -168,6 +168,7 @@ CASES = {
     "another plan": Case("plan", stored=0),
     "padding found otherwise": Case("padding", stored="another"),
     "a checkpoint dequantised": Case("parameters", stored="bfloat16 9"),
+    "another kernel for experts": Case("experts_implementation", stored="another"),
     "how a tokenizer splits": Case("tokenizer", target=special_tokens_split),
     "a field of a later version": Case("rope_override", stored="yarn"),
 }
