@@ -458,6 +458,8 @@ def install(seed: int = 0, memory: int = 1 << 34, seconds_of_a_thread: float = 0
         # torch makes an empty one and lets the device resize it.
         func = getattr(aten.arange, overload)
         _library[1].impl(func, functools.partial(_make, func), "PrivateUse1")
+    # Else tied weights would be two, which they stay on a real device.
+    torch.__future__.set_swap_module_params_on_conversion(True)
     _pin_by_hand()
     return _late
 
