@@ -12,17 +12,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cache_format.batch import DFlashTargetBatch
     from cache_format.errors import CacheError, DFlashCacheError, InputError, MismatchError, StorageError
+    from cache_format.layout.index import Index
     from cache_format.layout.manifest import Manifest
     from cache_format.reading.collate import collate
     from cache_format.reading.feature_cache import FeatureCache
+    from cache_format.reading.loader import CacheLoader
 
 __version__ = "0.2.0"
 
 __all__ = [
     "CacheError",
+    "CacheLoader",
     "DFlashCacheError",
     "DFlashTargetBatch",
     "FeatureCache",
+    "Index",
     "InputError",
     "Manifest",
     "MismatchError",
@@ -37,6 +41,8 @@ _HOMES = {
     "collate": "cache_format.reading.collate",
     "FeatureCache": "cache_format.reading.feature_cache",
     "Manifest": "cache_format.layout.manifest",
+    "Index": "cache_format.layout.index",
+    "CacheLoader": "cache_format.reading.loader",
 }
 """Public name -> its module, imported when the name is first used: what needs no torch does not wait for it."""
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cache_format.device import CPU
 
-@dataclass
+
+@dataclass(repr=False)
 class DFlashTargetBatch:
     """One training batch: B samples, right-padded to S tokens; L captured layers of hidden size H, side by side.
 
@@ -43,6 +45,11 @@ class DFlashTargetBatch:
     logits_logsumexp: Tensor | None = None
     """``[B, S]`` float32: log-sum-exp of all the target's logits; ``exp(value - logsumexp)`` is a probability"""
 
+    def __repr__(self) -> str:
+        """Dtype, shape and device of each tensor: not its numbers."""
+        there = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return f"{type(self).__name__}({', '.join(f'{n}={_described(t)}' for n, t in there if t is not None)})"
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DFlashTargetBatch:
         """A batch with every tensor on ``device``; the same tensors where they are there already."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -55,3 +62,10 @@ class DFlashTargetBatch:
         values = (getattr(self, field.name) for field in fields(self))
         moved: list[Any] = [None if value is None else function(value) for value in values]
         return type(self)(*moved)
+
+
+def _described(tensor: Any) -> str:
+    if not isinstance(tensor, Tensor):
+        return repr(tensor)
+    where = "" if tensor.device == CPU else f" on {tensor.device}"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{where}"

@@ -210,7 +210,7 @@ def test_verify_sample_works_in_the_loader(tmp_path):
     write_cache(path, LENGTHS, dtype="bfloat16")
     cache = FeatureCache.open(path, verify="sample")
     assert sum(len(b.input_ids) for b in cache.loader(4)) == len(LENGTHS)
-    shard, start, _ = cache._locate(8)
+    shard, start, _ = cache._source.locate(8)
     offset, _ = shard.file.row_range("hidden_states", start + 39, start + 40)
     with open(shard.file.where, "r+b") as file:
         file.seek(offset)
@@ -255,7 +255,7 @@ def test_batch_size_or_batch_tokens(cache, options):
         ({"batch_size": 2, "rank": 2, "world_size": 2}, "rank 2"),
         ({"batch_size": 2, "world_size": 99, "rank": 0}, "cannot be divided"),
         ({"batch_size": 2, "filter": lambda index: index.num_tokens}, "a bool for each"),
-        ({"batch_size": 2, "filter": lambda index: index.num_tokens > 99}, "cannot be divided"),
+        ({"batch_size": 2, "filter": lambda index: index.num_tokens > 99}, "filter= leaves none of the 19 samples"),
     ],
 )
 def test_options_that_cannot_be_are_refused_at_once(cache, options, message):
@@ -287,7 +287,7 @@ def test_a_batch_larger_than_the_cache_takes_no_more_memory_than_the_cache(cache
 
 def test_a_worker_forked_while_a_reader_thread_is_in_the_cache(cache):
     """Its copy of the lock is held by a thread that it does not have."""
-    with cache._opened._lock:
+    with cache._source.opened._lock:
         pid = os.fork()
         if not pid:
             signal.alarm(5)

@@ -82,7 +82,7 @@ def test_a_batch_has_the_layers_and_the_dtype_asked_for(cache, asked):
 def test_what_a_device_is_given_becomes_the_same(cache, asked):
     """The way to a device: states are copied as they are stored, decoded and cast there."""
     rows = [[2], [8], [3]]
-    left = cache.view(**asked).gather(rows, allocate=lambda n: torch.empty(n, dtype=torch.uint8), decode=False)
+    left = cache.view(**asked)._source.gather(rows, allocate=lambda n: torch.empty(n, dtype=torch.uint8), decode=False)
     assert same(left.to("cpu").decoded().hidden_states, cache.batch([2, 8, 3], **asked).hidden_states)
 
 
@@ -157,11 +157,11 @@ def test_samples_are_verified_through_a_view(tmp_path, asked):
         write_cache(path, LENGTHS, dtype="bfloat16", hidden=HIDDEN, codec=codec)
         cache = FeatureCache.open(path, verify="sample").view(**asked)
         assert len(list(cache.loader(4))) == 3
-        shard, start, _ = cache._locate(8)
-        name = cache._schema.token_tensors[0].name
+        shard, start, _ = cache._source.locate(8)
+        name = cache._source.schema.token_tensors[0].name
         at = (
             shard.file.row_range(name, start, start + 40)[0]
-            if not cache._schema.has_blocks
+            if not cache._source.schema.has_blocks
             else (shard.file.block_range(shard.file.position_at(start))[0])
         )
         with open(shard.file.where, "r+b") as file:

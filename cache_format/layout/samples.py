@@ -247,6 +247,25 @@ class PreparedSamples:
         """int64 ``[N]``: dataset row of each sample."""
         return self._column("source_row", np.int64)
 
+    def learned(self, sample_ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of the first ``lengths`` tokens of each of ``sample_ids``, int64 ``[n]`` each: how many are learned, and 1 +
+        the place of the last of them (0: none)."""
+        counts, ends = np.zeros(len(sample_ids), np.int64), np.zeros(len(sample_ids), np.int64)
+        part_of = np.searchsorted(self._starts, sample_ids, side="right") - 1
+        for number in np.unique(part_of):
+            wanted = np.flatnonzero(part_of == number)
+            masks = self._parts[number].column("loss_mask")
+            offsets = masks.offsets.to_numpy().astype(np.int64) - masks.offsets[0].as_py()
+            mask = masks.flatten().to_numpy() != 0
+            row = sample_ids[wanted] - self._starts[number]
+            first = offsets[row]
+            stop = np.minimum(first + lengths[wanted], offsets[row + 1])
+            before = np.concatenate([[0], np.cumsum(mask)])
+            last = np.maximum.accumulate(np.where(mask, np.arange(1, len(mask) + 1), 0))
+            counts[wanted] = before[stop] - before[first]
+            ends[wanted] = np.where(counts[wanted] > 0, last[np.maximum(stop, 1) - 1] - first, 0)
+        return counts, ends
+
     def digest(self) -> str:
         """Order-sensitive digest of every sample: xxh3_128 (hex) over the samples' uint64 digests, little-endian."""
         return xxhash.xxh3_128(self._column("digest", np.uint64).astype("<u8").data).hexdigest()

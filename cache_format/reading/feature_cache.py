@@ -5,10 +5,8 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,27 +14,20 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cache_format.batch import DFlashTargetBatch
-from cache_format.codecs import RawCodec
 from cache_format.device import parse
-from cache_format.errors import CacheError, InputError, StorageError
+from cache_format.errors import InputError
+from cache_format.layout.collection import collection_at
 from cache_format.layout.embeddings import EMBEDDINGS_NAME, load_input_embeddings, load_output_embeddings
-from cache_format.layout.index import INDEX_NAME, SHARDS_NAME, Index, read_index, read_shard_sizes, tables_from_shards
+from cache_format.layout.index import Index
 from cache_format.layout.manifest import Manifest
-from cache_format.layout.shard_layout import finished_shards, sample_hasher, shard_name
-from cache_format.layout.shard_reader import ShardFile
-from cache_format.reading.collate import mark
-from cache_format.reading.expect import check_expected
-from cache_format.reading.gather import Gathered, Piece, batch_bytes, gather, widened
+from cache_format.reading.batch_source import BatchSource
+from cache_format.reading.joined_caches import JoinedCaches
 from cache_format.reading.loader import CacheLoader, LoaderOptions, default_rank
-from cache_format.reading.open_shards import OpenShard, OpenShards
-from cache_format.reading.open_url import open_url
-from cache_format.reading.packing import with_documents
-from cache_format.reading.read_ahead import Turn, reading_ahead
-from cache_format.reading.view import STORED, View, view_of, viewed
-from cache_format.storage.byte_source import ByteSource
-from cache_format.storage.folder import Folder, LocalFolder, StoreFolder
+from cache_format.reading.open_cache import OpenCache, open_cache
+from cache_format.reading.view import view_of
 from cache_format.storage.host_memory import host_memory
-from cache_format.storage.store import is_url
+
+Place = str | os.PathLike[str]
 
 SEEN = ("target_layer_ids", "dtype")
 """Fields of the manifest that a view changes."""
@@ -49,45 +40,39 @@ class FeatureCache(Dataset):
     (fork and spawn) open it anew. Threads may share it.
     """
 
-    path: Path
-    """the cache's folder; of a cache at a URL the local folder with its small files"""
-    where: str
-    """path or URL of the cache"""
+    def __init__(self, *_: Any, **__: Any):
+        """Not for use.
 
-    manifest: Manifest
-    """what the cache is; of a :meth:`view` its ``target_layer_ids`` and ``dtype`` are those of the view"""
-    index: Index
-    """a row for each sample: see :class:`Index`"""
-
-    def __init__(self, folder: Folder, manifest: Manifest, index: Index, shards: _Shards, options: dict[str, Any]):
-        """Not called directly: use :meth:`open`."""
-        self.folder, self.path, self.where = folder, folder.path, folder.where
-        self.manifest = self._stored = manifest
-        self.index = index
-        self._schema = manifest.schema()
-        self._shards = shards
-        self._options = options
-        self._opened = OpenShards(self._schema, may_vanish=isinstance(folder, StoreFolder))
-        self._view = STORED
+        Raises:
+            InputError: always; says to use :meth:`open`.
+        """
+        raise InputError("a FeatureCache is not constructed but opened: FeatureCache.open(path)")
 
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str],
+        path: Place | Sequence[Place],
         *,
+        weights: Sequence[float] | None = None,
         allow_incomplete: bool = False,
         expect: Mapping[str, Any] | None = None,
-        verify: str | None = None,
+        verify: Literal["sample"] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_limit: int | None = None,
     ) -> FeatureCache:
-        """Open the cache in folder ``path``, or at a URL. Its cost does not grow with the number of samples.
+        """Open the cache in folder ``path``, or at a URL; or several as one.
+
+        The cost of one does not grow with the number of its samples; several take 36 bytes of memory a sample.
 
         Of a cache at a URL the tables are fetched and their checksums compared. Without ``cache_dir`` samples are read
         by range, those of a batch side by side; what they are read into is the caller's own memory.
 
         Args:
-            path: the folder, or the URL such as ``s3://bucket/prefix``, that ``dflash-cache extract --out`` wrote.
+            path: the folder, or the URL such as ``s3://bucket/prefix``, that ``dflash-cache extract --out`` wrote. Or
+                the folder or name of a collection.json, which ``dflash-cache append`` wrote: all its caches. Or a list
+                of these: one cache with the samples of all, one after the other.
+            weights: for a list: how often a sample of each comes in an epoch of a loader, such as ``[1, 0.25, 3]``.
+                Of 0.25 it is another quarter each epoch. Default: every sample once.
             allow_incomplete: read what a cache holds whose extraction has not finished; its tables are then
                 rebuilt from the finished shards, which takes time in proportion to their number.
             expect: what the trainer relies on: any of ``target`` (name as given at extraction), ``model_type``,
@@ -104,7 +89,8 @@ class FeatureCache(Dataset):
 
         Raises:
             CacheError: not a cache, damaged, or not complete.
-            MismatchError: the cache is not what ``expect`` says; names both sides of every difference.
+            MismatchError: the cache is not what ``expect`` says, or two of a list differ in target, layers, dtype or
+                captures; names both sides of every difference.
             InputError: ``expect`` has a field that a cache does not have.
         """
         if verify not in (None, "sample"):
@@ -116,35 +102,66 @@ class FeatureCache(Dataset):
             "cache_dir": None if cache_dir is None else os.path.abspath(cache_dir),
             "cache_limit": cache_limit,
         }
-        return cls._open(_folder(path, options, None), options)
+        if isinstance(path, str | os.PathLike):
+            if weights is not None:
+                raise InputError("weights= is for a list of caches")
+            return cls._of(_opened(path, options))
+        return cls._of(JoinedCaches([_opened(place, options) for place in path], weights))
 
     @classmethod
-    def _open(cls, folder: Folder, options: dict[str, Any]) -> FeatureCache:
-        manifest = Manifest.read(folder.path)
-        if options["expect"]:
-            check_expected(folder.where, manifest, options["expect"])
-        if manifest.state == "complete":
-            index, shards = _read_tables(folder, manifest)
-        elif not options["allow_incomplete"]:
-            raise CacheError(
-                folder.where,
-                f"is not complete (state {manifest.state}); run its `dflash-cache extract` command again to finish "
-                "it, or open it with allow_incomplete=True to read the finished shards",
-            )
-        elif manifest.totals is None:
-            raise CacheError(folder.where, "holds no shards yet: its samples are still being prepared")
-        else:
-            finished = finished_shards(folder.names("shards"))
-            _, index = tables_from_shards(folder, manifest.schema(), finished)
-            shards = _Shards(manifest.totals.shards)
-        return cls(folder, manifest, index, shards, options)
+    def concat(cls, caches: Sequence[FeatureCache], *, weights: Sequence[float] | None = None) -> FeatureCache:
+        """Several opened caches (or views of them) as one, as :meth:`open` makes of a list.
+
+        Raises:
+            MismatchError: two of them differ in target, layers, dtype or captures.
+            InputError: none, or weights that cannot be.
+        """
+        return cls._of(JoinedCaches([cache._source for cache in caches], weights))
+
+    @classmethod
+    def _of(cls, source: BatchSource) -> FeatureCache:
+        cache = object.__new__(cls)
+        cache._source = source
+        return cache
+
+    _source: BatchSource
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.where, self._options, str(self.path), self._view)
+        return FeatureCache._of, (self._source,)
+
+    @property
+    def where(self) -> str:
+        """Path or URL of the cache; of several, all of them."""
+        return self._source.where
+
+    @property
+    def path(self) -> Path:
+        """The cache's folder; of a cache at a URL the local folder with its small files; of several, the first's."""
+        return _first(self._source).path
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the cache is; of a :meth:`view` with its layers and dtype. Of several caches the first's: target, layers,
+        dtype and captures are those of all."""
+        return self._source.manifest
+
+    @property
+    def index(self) -> Index:
+        """A row for each sample."""
+        return self._source.index
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that decides what is read."""
+        return self._source.fingerprint
 
     def __len__(self) -> int:
         """Stored samples."""
-        return len(self.index)
+        return len(self._source)
+
+    def __iter__(self) -> Iterator[DFlashTargetBatch]:
+        """Each sample, as ``cache[i]``."""
+        return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -155,7 +172,7 @@ class FeatureCache(Dataset):
 
     @property
     def target_layer_ids(self) -> list[int]:
-        """Decoder layers whose outputs are stored, in the order of the feature dimension."""
+        """Decoder layers whose outputs are read, in the order of the feature dimension."""
         return list(self.manifest.target_layer_ids)
 
     @property
@@ -177,46 +194,29 @@ class FeatureCache(Dataset):
             InputError: a layer that the cache does not have, or no such dtype.
         """
         chosen = self.target_layer_ids if layers is None else layers
-        return self._seen(view_of(self._stored, self.target_layer_ids, chosen, dtype or self.manifest.dtype))
+        asked = view_of(self._source.stored, self.target_layer_ids, chosen, dtype or self.manifest.dtype)
+        return FeatureCache._of(self._source.viewed(asked))
 
     @property
     def seen(self) -> dict[str, Any]:
         """Of a :meth:`view`, those of ``SEEN`` that are not the stored ones, as JSON values."""
-        ours, stored = vars(self.manifest), vars(self._stored)
+        ours, stored = vars(self.manifest), vars(self._source.stored)
         return {name: ours[name] for name in SEEN if ours[name] != stored[name]}
 
-    def _seen(self, view: View) -> FeatureCache:
-        # Not copy.copy: that would open the cache anew, as pickling does.
-        seen = object.__new__(type(self))
-        vars(seen).update(vars(self))
-        seen._view, seen.manifest = view, viewed(self._stored, view)
-        return seen
-
-    def __getitem__(self, i: int) -> DFlashTargetBatch:
-        """Sample i as a batch with B = 1, unpadded.
+    def __getitem__(self, i: int | slice) -> DFlashTargetBatch:
+        """Sample i as a batch with B = 1, unpadded; of a slice, :meth:`batch` of those samples.
 
         With the raw codec ``hidden_states`` is a view of the memory-mapped file (copy-on-write: writing to it changes
         no file) and stays valid as long as the tensor lives; with another it is the caller's own memory.
 
         Raises:
             IndexError: outside 0..len-1 (negative i counts from the end).
+            InputError: a slice without samples.
             CacheError: the shard is damaged or missing.
         """
-        shard, start, stop = self._locate(i)
-        if not isinstance(self._schema.codec, RawCodec) or self._view != STORED:
-            return mark(self.batch([i]), self.where)
-        stored = {t.name: shard.rows(t.name, start, stop) for t in self._schema.token_tensors}
-        if self._options["verify"]:
-            bytes_ = [stored[t.name].reshape(-1).view(torch.uint8).numpy() for t in self._schema.token_tensors]
-            self._check_piece(Piece(i, shard.file, start, stop - start, 0, 0), bytes_)
-        sample = DFlashTargetBatch(
-            hidden_states=stored["hidden_states"].unsqueeze(0),
-            input_ids=stored["input_ids"].to(torch.int64).unsqueeze(0),
-            attention_mask=stored["attention_mask"].to(torch.int64).unsqueeze(0),
-            loss_mask=stored["loss_mask"].to(torch.int64).unsqueeze(0),
-            **{t.name: widened(stored[t.name]).unsqueeze(0) for t in self._schema.captures},
-        )
-        return mark(sample, self.where)
+        if isinstance(i, slice):
+            return self.batch(range(len(self))[i])
+        return self._source.sample(operator.index(i))
 
     def batch(
         self,
@@ -237,49 +237,7 @@ class FeatureCache(Dataset):
         if not rows:
             raise InputError("batch() needs at least one sample index")
         source = self if layers is None and dtype is None else self.view(layers=layers, dtype=dtype)
-        return source.gather(rows, allocate=host_memory).decoded()
-
-    def batch_bytes(self, tokens: int, decode: bool) -> int:
-        """Memory of a batch of ``tokens`` tokens, padding included; ``decode`` as for :meth:`gather`."""
-        return batch_bytes(self._schema, tokens, decode, self._view)
-
-    def gather(
-        self,
-        rows: Sequence[Sequence[int] | np.ndarray],
-        *,
-        allocate: Callable[[int], Tensor],
-        max_length: int | None = None,
-        pack_to: int | None = None,
-        decode: bool = True,
-    ) -> Gathered:
-        """A batch of rows that each hold one sample or, with ``pack_to``, several; what ``batch`` and ``loader`` use.
-
-        Args:
-            rows: the sample indices of each row, from left to right.
-            allocate: gives the batch's memory: uint8, of a size in bytes.
-            max_length: take no more than the first ``max_length`` tokens of a sample.
-            pack_to: S, the length of every row; None: the longest row's.
-            decode: False: states stay encoded where the codec has each token on its own, to be decoded on a device.
-
-        Raises:
-            IndexError, CacheError: as for ``cache[i]``.
-        """
-        pieces: list[Piece] = []
-        readers = self.folder.readers
-        if readers is not None:
-            # Opening a shard takes the store's answer; all at once.
-            list(readers.map(self._locate, {int(self.index.shard[i]): i for row in rows for i in row}.values()))
-        check = self._check_piece if self._options["verify"] else None
-        lengths = [[self._take(i, max_length) for i in row] for row in rows]
-        for number, (row, sizes) in enumerate(zip(rows, lengths, strict=True)):
-            at = 0
-            for i, size in zip(row, sizes, strict=True):
-                shard, start, _ = self._locate(i)
-                pieces.append(Piece(int(i), shard.file, start, size, number, at, check))
-                at += size
-        longest = pack_to or max(sum(sizes) for sizes in lengths)
-        gathered = gather(self._schema, pieces, len(rows), longest, allocate, decode, readers, self._view)
-        return gathered if pack_to is None else replace(gathered, batch=with_documents(gathered.batch, lengths))
+        return source._source.gather(rows, allocate=host_memory).decoded()
 
     def __getitems__(self, indices: Sequence[int]) -> list[DFlashTargetBatch]:
         """What a torch ``DataLoader`` asks for; give it ``collate_fn=cache_format.collate``."""
@@ -291,12 +249,14 @@ class FeatureCache(Dataset):
         *,
         batch_tokens: int | None = None,
         pack_to: int | None = None,
-        shuffle: bool | str = False,
+        shuffle: bool | Literal["full", "window"] = False,
         window_shards: int = 8,
         seed: int = 0,
         drop_last: bool = False,
         max_length: int | None = None,
+        trim: bool = False,
         filter: Callable[[Index], np.ndarray] | None = None,
+        split: tuple[Literal["train", "validation"], float] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         device: torch.device | str | None = None,
@@ -308,8 +268,8 @@ class FeatureCache(Dataset):
     ) -> CacheLoader:
         """Batches for training: an iterable of :class:`DFlashTargetBatch`, one epoch each time it is iterated over.
 
-        ``len()``, ``set_epoch(epoch)``, ``state_dict()`` and ``load_state_dict(state)`` are what trainers expect of it;
-        a state resumes within an epoch, exactly, on any number of ranks. The order is a pure function of the options,
+        ``len()``, ``set_epoch(epoch)``, ``skip(steps)``, ``state_dict()`` and ``load_state_dict(state)`` are what
+        trainers expect of it; a state resumes within an epoch, exactly, on any number of ranks. The order is a pure function of the options,
         the seed and the epoch; threads and prefetch do not change it.
 
         A batch stays valid for as long as any tensor of it is held; its memory is then used again. Memory is bounded
@@ -332,8 +292,12 @@ class FeatureCache(Dataset):
                 and if it is fewer samples than ranks it joins the batches of the step before. (Only a resume on more
                 ranks than samples are left in its epoch has no step before; it says how many it leaves out.)
             max_length: cut samples to their first ``max_length`` tokens.
+            trim: cut samples after their last learned token, which no loss depends on; those without one are left out.
             filter: index columns -> bool for each sample, such as ``lambda index: index.num_loss_tokens >= 16``;
-                columns are numpy arrays (``sample_id``, ``shard``, ``num_tokens``, ``num_loss_tokens``).
+                columns are numpy arrays (``sample_id``, ``shard``, ``num_tokens``, ``num_loss_tokens``), the last two
+                of what ``max_length`` and ``trim`` leave of the sample.
+            split: ``("train", 0.98)``: that share of the samples, chosen by a hash of ``sample_id`` alone;
+                ``("validation", 0.02)``: the others, if the two shares add up to 1.
             rank: of this process; with ``world_size`` from torch.distributed or torchrun's environment by default.
                 With tensor or context parallelism give both: the data-parallel rank, and how many of them there are.
             world_size: processes that share the epoch.
@@ -360,7 +324,9 @@ class FeatureCache(Dataset):
             seed=seed,
             drop_last=drop_last,
             max_length=max_length,
+            trim=trim,
             filter=filter,
+            split=split,
             rank=its_rank if rank is None else rank,
             world_size=its_world if world_size is None else world_size,
             device=None if device is None else _device(device),
@@ -369,7 +335,7 @@ class FeatureCache(Dataset):
             decode_on_host=decode_on_host,
         )
         source = self if layers is None and dtype is None else self.view(layers=layers, dtype=dtype)
-        return CacheLoader(source, options)
+        return CacheLoader(source._source, options)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The target's token embedding, frozen, read from the cache itself; of a :meth:`view` in its dtype.
@@ -377,8 +343,7 @@ class FeatureCache(Dataset):
         Raises:
             CacheError: the file is missing or damaged; its checksum is compared.
         """
-        self._check_embeddings()
-        return load_input_embeddings(self.path, self.manifest.target).to(self._view.dtype)
+        return load_input_embeddings(self._target_folder(), self.manifest.target).to(self._source.view.dtype)
 
     def get_output_embeddings(self) -> nn.Linear:
         """The target's LM head, frozen, read from the cache itself; of a :meth:`view` in its dtype.
@@ -386,95 +351,34 @@ class FeatureCache(Dataset):
         Raises:
             CacheError: the target has none; the file is missing or damaged (its checksum is compared).
         """
-        self._check_embeddings()
-        return load_output_embeddings(self.path, self.manifest.target).to(self._view.dtype)
+        return load_output_embeddings(self._target_folder(), self.manifest.target).to(self._source.view.dtype)
 
-    def _check_embeddings(self) -> None:
-        self.folder.checked(EMBEDDINGS_NAME, self.manifest.files.get(EMBEDDINGS_NAME))
-
-    def _take(self, i: int, max_length: int | None) -> int:
-        """Tokens taken of sample i."""
-        length = int(self.index.num_tokens[i])
-        return length if max_length is None else min(length, max_length)
-
-    def _check_piece(self, piece: Piece, stored: Sequence[np.ndarray] | None) -> None:
-        """Check a sample as it was read; one that was cut, or without some layers, is read again as a whole.
-
-        Raises:
-            CacheError: its checksum is not that of the index.
-        """
-        if stored is None or piece.length < int(self.index.num_tokens[piece.sample]):
-            found = piece.shard.computed_checksum(piece.shard.position_at(piece.start))
-        else:
-            hasher = sample_hasher(int(self.index.sample_id[piece.sample]))
-            for data in stored:
-                hasher.update(data.data)
-            found = hasher.intdigest()
-        if found != int(self.index.checksum[piece.sample]):
-            sample_id, number = int(self.index.sample_id[piece.sample]), int(self.index.shard[piece.sample])
-            raise CacheError(
-                f"{self.where}/{shard_name(number)}",
-                f"sample {sample_id} does not match its checksum; to mend it run `dflash-cache repair {self.where}`, "
-                "then the cache's extract command",
-            )
-
-    def _locate(self, i: int) -> tuple[OpenShard, int, int]:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"sample {i} is outside 0..{len(self) - 1}")
-        index = self.index
-        number, start, length = int(index.shard[i]), int(index.row_start[i]), int(index.num_tokens[i])
-        if not 0 <= number < self._shards.count:
-            raise CacheError(f"{self.where}/{INDEX_NAME}", f"sample {i}: shard {number} does not exist")
-        shard = self._opened.get(number, self._source)
-        if length < 1 or start < 0 or start + length > shard.file.num_tokens:
-            raise CacheError(f"{self.where}/{INDEX_NAME}", f"sample {i}: its rows are outside of shard {number}")
-        return shard, start, start + length
-
-    def _source(self, number: int) -> ByteSource:
-        def check(path: Path) -> None:
-            with ShardFile(path, self._schema, number) as shard:
-                for position, checksum in enumerate(shard.sample_checksums.tolist()):
-                    if shard.computed_checksum(position) != checksum:
-                        name = f"{self.where}/{shard_name(number)}"
-                        raise CacheError(name, f"sample {shard.sample_ids[position]} does not match its checksum")
-
-        return self.folder.open(shard_name(number), self._shards.size(number), check)
-
-    def read_ahead(self, number: int) -> None:
-        """Have shard ``number`` in ``cache_dir``, to be read soon; an error shows when it is read."""
-        with suppress(CacheError, StorageError):
-            self._source(number).close()
-
-    def fetching_ahead(self, turns: Iterator[Turn], window_shards: int) -> Iterator[Turn]:
-        """A loader's ``turns``; with ``cache_dir`` the shards of later ones are downloaded meanwhile."""
-        kept = self.folder.shards if isinstance(self.folder, StoreFolder) else None
-        if kept is None or self._shards.bytes is None:
-            return turns
-        most = window_shards
-        if kept.limit is not None:
-            most = max(1, min(most, kept.limit // int(self._shards.bytes.max(initial=1)) - window_shards))
-        return reading_ahead(turns, self.index.shard, self.read_ahead, most)
+    def _target_folder(self) -> Path:
+        first = _first(self._source)
+        first.folder.checked(EMBEDDINGS_NAME, first.stored.files.get(EMBEDDINGS_NAME))
+        return first.path
 
 
-@dataclass(frozen=True)
-class _Shards:
-    """What the reader knows of the shards before it opens them."""
+def only_cache(cache: FeatureCache) -> OpenCache:
+    """The one cache that is read, as it is stored.
 
-    count: int
-    bytes: np.ndarray | None = None
-    """of each; None where the tables are not there yet"""
+    Raises:
+        InputError: there are several.
+    """
+    if len(cache._source.parts) != 1:
+        raise InputError(f"{cache.where}: these are several caches; name one of them")
+    return _first(cache._source)
 
-    def size(self, number: int) -> int | None:
-        return None if self.bytes is None else int(self.bytes[number])
+
+def _opened(place: Place, options: Mapping[str, Any]) -> BatchSource:
+    caches = collection_at(place)
+    return open_cache(place, options) if caches is None else JoinedCaches([open_cache(c, options) for c in caches])
 
 
-def _folder(path: str | os.PathLike[str], options: dict[str, Any], small_files: Path | None) -> Folder:
-    cache_dir = options["cache_dir"]
-    if isinstance(path, str) and is_url(path):
-        return open_url(path, None if cache_dir is None else Path(cache_dir), options["cache_limit"], small_files)
-    if cache_dir is not None or options["cache_limit"] is not None:
-        raise InputError("cache_dir= and cache_limit= are for a cache at a URL; this one is on the disk already")
-    return LocalFolder(Path(os.path.abspath(path)))
+def _first(source: BatchSource) -> OpenCache:
+    first = source.parts[0]
+    assert isinstance(first, OpenCache)
+    return first
 
 
 def _device(name: torch.device | str) -> torch.device:
@@ -482,25 +386,3 @@ def _device(name: torch.device | str) -> torch.device:
         return parse(name)
     except ValueError as error:
         raise InputError(f"loader: device {error}") from None
-
-
-def _reopen(where: str, options: dict[str, Any], small_files: str, view: View) -> FeatureCache:
-    return FeatureCache._open(_folder(where, options, Path(small_files)), options)._seen(view)
-
-
-def _read_tables(folder: Folder, manifest: Manifest) -> tuple[Index, _Shards]:
-    assert manifest.totals is not None
-    if isinstance(folder, StoreFolder):
-        for name in (SHARDS_NAME, INDEX_NAME):
-            folder.checked(name, manifest.files.get(name))
-    stored, sizes = read_shard_sizes(folder.local(SHARDS_NAME), manifest.fingerprint)
-    index = read_index(folder.local(INDEX_NAME), manifest.fingerprint)
-    samples = manifest.totals.samples - len(manifest.quarantined)
-    if len(stored) != manifest.totals.shards or int(stored.sum()) != samples:
-        raise CacheError(
-            f"{folder.where}/{SHARDS_NAME}", f"does not list {manifest.totals.shards} shards of {samples:,} samples"
-        )
-    if len(index) != samples:
-        raise CacheError(f"{folder.where}/{INDEX_NAME}", f"has {len(index):,} samples, the manifest {samples:,}")
-    # A table's size of a local shard is not believed: the file says it.
-    return index, _Shards(len(stored), sizes if isinstance(folder, StoreFolder) else None)

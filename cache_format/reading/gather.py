@@ -8,10 +8,9 @@ decoded and cast there.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,11 +21,8 @@ from cache_format.codecs import BlockCodec, RawCodec, RowCodec, TokenTensor
 from cache_format.codecs.dtypes import DTYPE_NAMES, DTYPES
 from cache_format.codecs.interface import BLOCKS
 from cache_format.errors import CacheError
-from cache_format.layout.index import Index
-from cache_format.layout.manifest import Manifest
 from cache_format.layout.shard_layout import ShardSchema
 from cache_format.layout.shard_reader import ShardFile
-from cache_format.reading.read_ahead import Turn
 from cache_format.reading.view import CAST, STORED, View
 
 _ALIGNMENT = 64
@@ -89,33 +85,6 @@ class Gathered:
         fields["hidden_states"] = self.view.selected(batch.hidden_states, self.schema)
         dtype = self.view.given(self.schema).dtype
         return replace(batch, **{name: tensor.to(dtype) for name, tensor in fields.items()})
-
-
-class BatchSource(Protocol):
-    """What a loader takes batches from: a cache."""
-
-    manifest: Manifest
-    index: Index
-
-    def __len__(self) -> int:
-        """Stored samples."""
-
-    def batch_bytes(self, tokens: int, decode: bool) -> int:
-        """Memory of a batch of that many tokens, padding included."""
-
-    def gather(
-        self,
-        rows: Sequence[Sequence[int] | np.ndarray],
-        *,
-        allocate: Callable[[int], Tensor],
-        max_length: int | None = None,
-        pack_to: int | None = None,
-        decode: bool = True,
-    ) -> Gathered:
-        """See ``FeatureCache.gather``."""
-
-    def fetching_ahead(self, turns: Iterator[Turn], window_shards: int) -> Iterator[Turn]:
-        """See ``FeatureCache.fetching_ahead``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import os
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -28,9 +28,9 @@ import xxhash
 from cache_format.batch import DFlashTargetBatch
 from cache_format.device import count, current_stream, has_streams, new_stream, on_stream, used_on
 from cache_format.errors import InputError, MismatchError
-from cache_format.layout.index import Index
+from cache_format.reading.batch_source import BatchSource
 from cache_format.reading.buffer_pool import BufferPool
-from cache_format.reading.gather import BatchSource, Gathered
+from cache_format.reading.gather import Gathered
 from cache_format.reading.order import (
     SHUFFLES,
     Batches,
@@ -43,11 +43,11 @@ from cache_format.reading.order import (
     num_steps,
     random_source,
     require_rows,
+    weighted,
     window_order,
 )
 from cache_format.reading.read_ahead import Turn
-
-Filter = Callable[[Index], np.ndarray]
+from cache_format.reading.selection import Filter, Split, select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,9 @@ class LoaderOptions:
     seed: int
     drop_last: bool
     max_length: int | None
+    trim: bool
     filter: Filter | None
+    split: Split | None
     rank: int
     world_size: int
     device: torch.device | None
@@ -113,10 +115,8 @@ class CacheLoader:
 
     def __init__(self, cache: BatchSource, options: LoaderOptions):
         self._cache, self._options = cache, options
-        self._samples = _selected(cache, options)
-        self._lengths = np.asarray(cache.index.num_tokens)
-        if options.max_length is not None:
-            self._lengths = np.minimum(self._lengths, options.max_length)
+        selection = select(cache, options.max_length, options.trim, options.filter, options.split)
+        self._samples, self._lengths = selection.samples, selection.lengths
         _require_room(options, self._lengths[self._samples])
         self._epoch, self._done, self._resumed = 0, 0, False
         self._live: _Iteration | None = None
@@ -181,6 +181,33 @@ class CacheLoader:
             raise InputError(f"loader: the state's batches_done is {done:,}, but epoch {epoch} has {there:,} batches")
         self._epoch, self._done, self._resumed = epoch, done, True
 
+    def skip(self, steps: int) -> CacheLoader:
+        """Leave out the next ``steps`` steps of each rank; the iteration then begins after them. Gives the loader.
+
+        Raises:
+            InputError: more than are left of the epoch, or an epoch is being iterated over.
+        """
+        _require_from_zero("skip", steps)
+        self._require_rest(f"skip({steps})")
+        options, batches, begun = self._options, self._batches(), self._done if self._resumed else 0
+        left = num_steps(batches, begun, options.world_size, options.drop_last)
+        if steps > left:
+            raise InputError(f"loader: skip({steps:,}), but {left:,} steps are left of epoch {self._epoch}")
+        if steps:
+            turn = batch_rows(batches, begun, steps - 1, options.rank, options.world_size, options.drop_last)
+            self._done, self._resumed = turn[1], True
+        return self
+
+    def __repr__(self) -> str:
+        options, size = self._options, self._options.batch_size
+        kind = f"batch_tokens={options.batch_tokens:,}" if size is None else f"batch_size={size:,}"
+        packed = "" if options.pack_to is None else f", pack_to={options.pack_to:,}"
+        return (
+            f"CacheLoader({kind}{packed}, shuffle={options.shuffle_kind or False!r}, seed={options.seed}, rank "
+            f"{options.rank} of {options.world_size}: {len(self._samples):,} samples, {len(self):,} steps an epoch; "
+            f"epoch {self._epoch}, {self._done:,} of {len(self._batches()):,} batches done)"
+        )
+
     def _require_rest(self, what: str) -> None:
         if self._live is not None and self._live.pid == os.getpid():
             raise InputError(
@@ -241,8 +268,8 @@ class CacheLoader:
         def read(rows: list[np.ndarray]) -> Gathered:
             return self._cache.gather(
                 rows,
+                lengths=self._lengths,
                 pack_to=options.pack_to,
-                max_length=options.max_length,
                 allocate=pool.lease,
                 decode=self._decode_on_host,
             )
@@ -286,7 +313,8 @@ class CacheLoader:
         options = self._options
         longest = options.pack_to or int(self._lengths[self._samples].max())
         # More than all samples together is never needed, however large a batch may be.
-        rows = min(options.batch_size or len(self._samples), len(self._samples))
+        whole = len(self._batches().samples)
+        rows = min(options.batch_size or whole, whole)
         tokens = min(rows * longest, options.batch_tokens or rows * longest)
         capacity = self._cache.batch_bytes(tokens, self._decode_on_host)
         return BufferPool(capacity, keep=options.prefetch + 2, pin_memory=self._is_asynchronous)
@@ -302,10 +330,13 @@ class CacheLoader:
     @cached_property
     def _identity(self) -> dict[str, Any]:
         chosen = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(self._samples, np.int64).tobytes())
+        weights = self._cache.weights
         return {
-            "fingerprint": self._cache.manifest.fingerprint,
+            "fingerprint": self._cache.fingerprint,
             "samples": chosen,
             **self._options.order_fields(),
+            **({} if weights is None else {"weights": list(weights)}),
+            **({"trim": True} if self._options.trim else {}),
         }
 
     def _batches(self) -> Batches:
@@ -313,8 +344,18 @@ class CacheLoader:
             self._planned = (self._epoch, self._plan(self._epoch))
         return self._planned[1]
 
+    def _in_epoch(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch: each once, or as often as its cache's weight says."""
+        weights = self._cache.weights
+        if weights is None:
+            return self._samples
+        bounds = np.searchsorted(self._samples, np.cumsum([len(part) for part in self._cache.parts])[:-1])
+        seed, shuffled = self._options.seed, bool(self._options.shuffle)
+        parts = enumerate(zip(np.split(self._samples, bounds), weights, strict=True))
+        return np.concatenate([weighted(of, weight, seed, epoch, n, shuffled) for n, (of, weight) in parts])
+
     def _plan(self, epoch: int) -> Batches:
-        options, chosen = self._options, self._samples
+        options, chosen = self._options, self._in_epoch(epoch)
         rng = random_source(options.seed, epoch)
         if options.shuffle_kind == "full":
             order = chosen[full_order(len(chosen), rng)]
@@ -359,19 +400,6 @@ def _whole_number(state: Any, name: str) -> int:
     if isinstance(value, bool) or not 0 <= number < 1 << 63:
         raise InputError(f"loader: the state's {name} is {value!r}; it must be a whole number of at least 0")
     return number
-
-
-def _selected(cache: BatchSource, options: LoaderOptions) -> np.ndarray:
-    count = len(cache)
-    if options.filter is None:
-        return np.arange(count)
-    keep = np.asarray(options.filter(cache.index))
-    if keep.dtype != bool or keep.shape != (count,):
-        raise InputError(
-            f"loader: filter= gave {keep.dtype} {list(keep.shape)}; it must give a bool for each of the {count:,} "
-            "samples, such as lambda index: index.num_loss_tokens >= 16"
-        )
-    return np.flatnonzero(keep)
 
 
 def _require_room(options: LoaderOptions, lengths: np.ndarray) -> None:

@@ -69,6 +69,32 @@ def window_order(shards: np.ndarray, window_shards: int, rng: np.random.Generato
     return mixed[np.argsort(window[mixed], kind="stable")]
 
 
+def weighted(samples: np.ndarray, weight: float, seed: int, epoch: int, part: int, shuffled: bool) -> np.ndarray:
+    """``weight * n`` of ``samples [n]`` (at least one), whichever are their turn in this epoch.
+
+    Epochs take turns along an endless run of all samples in random order, then again, and so on: a sample comes
+    ``weight`` times an epoch, and no sample a second time more often than another before each has had its turn.
+
+    Args:
+        samples: of one cache.
+        weight: how often a sample comes in an epoch, on average.
+        seed: of the shuffle.
+        epoch: whose turn.
+        part: number of the cache among those read together.
+        shuffled: False: each run is in the order of ``samples``.
+    """
+    if not len(samples):
+        return samples
+    count = max(1, round(weight * len(samples)))
+    first, stop = epoch * count, (epoch + 1) * count
+    runs = []
+    for run in range(first // len(samples), -(-stop // len(samples))):
+        mixed = np.random.default_rng([seed, run, part]).permutation(len(samples)) if shuffled else slice(None)
+        runs.append(samples[mixed])
+    skipped = first // len(samples) * len(samples)
+    return np.concatenate(runs)[first - skipped : stop - skipped]
+
+
 def batches_by_count(order: np.ndarray, batch_size: int, drop_last: bool) -> Batches:
     """``batch_size`` samples a batch; the last may have fewer, or is left out."""
     return Batches(order, np.arange(len(order) + 1), _starts(len(order), batch_size, drop_last))

@@ -99,7 +99,7 @@ def view_of(manifest: Manifest, among: list[int], layers: Iterable[int], dtype: 
     )
 
 
-def viewed(manifest: Manifest, view: View) -> Manifest:
+def seen(manifest: Manifest, view: View) -> Manifest:
     """The manifest of the cache as it is seen through ``view``."""
     ids = manifest.target_layer_ids
     return replace(

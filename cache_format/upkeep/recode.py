@@ -25,7 +25,8 @@ from cache_format.layout.index import INDEX_NAME, SHARDS_NAME
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest, require_same_identity
 from cache_format.layout.shard_layout import ShardSchema, shard_name
 from cache_format.layout.shard_reader import ShardFile
-from cache_format.reading.feature_cache import FeatureCache
+from cache_format.reading.feature_cache import FeatureCache, only_cache
+from cache_format.reading.open_cache import OpenCache
 from cache_format.storage.commit import committed, make_folder
 from cache_format.storage.file_info import file_info
 from cache_format.storage.host_memory import host_memory
@@ -58,14 +59,14 @@ class RecodeReport:
 
 
 def recode(
-    source: FeatureCache, out: Path, codec_name: str, *, threads: int, progress: Callable[[int], None] = lambda n: None
+    cache: FeatureCache, out: Path, codec_name: str, *, threads: int, progress: Callable[[int], None] = lambda n: None
 ) -> RecodeReport:
-    """Write cache ``source`` into folder ``out`` with another codec, or go on where an earlier run stopped.
+    """Write ``cache`` into folder ``out`` with another codec, or go on where an earlier run stopped.
 
-    Each sample's checksum is checked as it is read if ``source`` was opened with ``verify="sample"``.
+    Each sample's checksum is checked as it is read if ``cache`` was opened with ``verify="sample"``.
 
     Args:
-        source: complete, and of a lossless codec.
+        cache: complete, and of a lossless codec.
         out: new, or begun by the same recode.
         codec_name: ``raw``, ``fp8`` or ``zbits``.
         threads: shards that are worked on at a time; each takes memory for two shards.
@@ -74,9 +75,10 @@ def recode(
     Raises:
         InputError: nothing to do, a lossy source, an ``out`` that cannot be used, or too little space.
         MismatchError: ``out`` is of another cache or codec.
-        CacheError: ``source`` is damaged.
+        CacheError: ``cache`` is damaged.
         StorageError: the operating system refused; finished shards stay.
     """
+    source = only_cache(cache)
     codec = chosen_codec(source, codec_name)
     manifest = recoded_manifest(source.manifest, codec)
     _check_out(source, out, manifest)
@@ -127,7 +129,7 @@ class Worker:
 
     def __init__(
         self,
-        source: FeatureCache,
+        source: OpenCache,
         places: Sequence[np.ndarray],
         out: Path,
         schema: ShardSchema,
@@ -166,7 +168,7 @@ class Worker:
         return memory[:num_bytes]
 
 
-def chosen_codec(source: FeatureCache, codec_name: str) -> Codec:
+def chosen_codec(source: OpenCache, codec_name: str) -> Codec:
     """The codec of the copy.
 
     Raises:
@@ -196,7 +198,7 @@ def recoded_manifest(source: Manifest, codec: Codec) -> Manifest:
     return source.extracting(identity, codec=codec.to_dict(), files=files, quarantined=[], measured=None)
 
 
-def _check_out(source: FeatureCache, out: Path, manifest: Manifest) -> None:
+def _check_out(source: OpenCache, out: Path, manifest: Manifest) -> None:
     """Refuse an ``out`` that is not this recode's own."""
     if out.resolve().is_relative_to(source.path.resolve()) or source.path.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{out}: choose an OUT beside the cache, not inside it or around it")
@@ -214,7 +216,7 @@ def _check_out(source: FeatureCache, out: Path, manifest: Manifest) -> None:
             raise InputError(f"{out} is not empty and not a cache (it has {strange[0]!r}); name another folder")
 
 
-def begin(source: FeatureCache, out: Path, manifest: Manifest) -> None:
+def begin(source: OpenCache, out: Path, manifest: Manifest) -> None:
     """Clear what a killed run left; copy samples/ and target/, then write the manifest, unless they are there."""
     folders = [name.rpartition("/")[0] for name in manifest.files]
     begin_folders(out, ["shards", *(name for name in folders if name)])
@@ -231,7 +233,7 @@ def begin(source: FeatureCache, out: Path, manifest: Manifest) -> None:
     manifest.write(out)
 
 
-def places_by_shard(source: FeatureCache) -> list[np.ndarray]:
+def places_by_shard(source: OpenCache) -> list[np.ndarray]:
     """For each shard the places of its samples in the source's index, in the order of its rows."""
     assert source.manifest.totals is not None
     order = np.lexsort((source.index.row_start, source.index.shard))

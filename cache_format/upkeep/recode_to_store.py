@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cache_format.layout.manifest import require_same_identity
 from cache_format.layout.shard_layout import shard_name
-from cache_format.reading.feature_cache import FeatureCache
+from cache_format.reading.feature_cache import FeatureCache, only_cache
 from cache_format.storage.commit import make_folder
 from cache_format.storage.lease import leased
 from cache_format.storage.lock import writing
@@ -27,7 +27,7 @@ from cache_format.writing.upload import Upload
 
 
 def recode_to_store(
-    source: FeatureCache,
+    cache: FeatureCache,
     url: str,
     scratch: Path,
     codec_name: str,
@@ -41,6 +41,7 @@ def recode_to_store(
     Raises:
         DFlashCacheError: as there; what the store refuses too.
     """
+    source = only_cache(cache)
     manifest = recoded_manifest(source.manifest, chosen_codec(source, codec_name))
     upload = Upload(Store(url), scratch)
     upload.refuse_foreign()

@@ -41,7 +41,7 @@ def test_states_that_stay_encoded_for_the_device_decode_to_the_same_bits(caches)
     for codec in CODECS:
         cache = FeatureCache.open(caches[codec])
         rows = [[0], [2], [5]]
-        left = cache.gather(rows, allocate=lambda n: torch.empty(n, dtype=torch.uint8), decode=False)
+        left = cache._source.gather(rows, allocate=lambda n: torch.empty(n, dtype=torch.uint8), decode=False)
         assert bool(left.encoded) == (codec == "fp8")
         on_device = left.to("cpu").decoded()
         assert torch.equal(on_device.hidden_states, cache.batch([0, 2, 5]).hidden_states)
@@ -84,7 +84,7 @@ def test_a_damaged_block_is_an_error_that_names_the_sample(caches, tmp_path):
     cache = tmp_path / "c"
     shutil.copytree(caches["zbits"], cache)
     opened = FeatureCache.open(cache)
-    shard, start, _ = opened._locate(2)
+    shard, start, _ = opened._source.locate(2)
     at, _ = shard.file.block_range(shard.file.position_at(start))
     with open(shard.file.where, "r+b") as file:
         file.seek(at)

@@ -73,7 +73,7 @@ def test_recode_does_not_carry_damage_on(caches, tmp_path):
     cache = tmp_path / "c"
     shutil.copytree(caches["raw"], cache)
     opened = FeatureCache.open(cache, verify="sample")
-    shard, start, _ = opened._locate(8)
+    shard, start, _ = opened._source.locate(8)
     offset, _ = shard.file.row_range("hidden_states", start, start + 1)
     with open(shard.file.where, "r+b") as file:
         file.seek(offset)

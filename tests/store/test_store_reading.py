@@ -115,7 +115,7 @@ def test_the_local_cache_is_bounded(url, local, tmp_path):
         assert same(a, b)
         assert bytes_in(folder) <= limit
     assert not list(folder.glob("*.tmp"))
-    removed = [n for n, shard in cache._opened._open.items() if shard.is_removed]
+    removed = [n for n, shard in cache._source.opened._open.items() if shard.is_removed]
     assert len(removed) <= 4, "what was removed is not held open for long"
 
 
@@ -135,8 +135,8 @@ def test_cache_dir_is_for_urls(local, tmp_path):
 def test_the_window_shuffle_finds_its_shards_there(url, local, tmp_path, proxy):
     cache = FeatureCache.open(url, cache_dir=tmp_path)
     asked = []
-    real = cache.read_ahead
-    cache.read_ahead = lambda number: (asked.append(number), real(number))
+    real = cache._source.read_ahead
+    cache._source.read_ahead = lambda number: (asked.append(number), real(number))
     loader = cache.loader(4, shuffle="window", window_shards=2, seed=3)
     here = FeatureCache.open(local).loader(4, shuffle="window", window_shards=2, seed=3)
     for batch, expected in zip(loader, here, strict=True):
