@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache_format.device import CPU
-
 
 @dataclass(repr=False)
 class DFlashTargetBatch:
@@ -67,5 +65,5 @@ class DFlashTargetBatch:
 def _described(tensor: Any) -> str:
     if not isinstance(tensor, Tensor):
         return repr(tensor)
-    where = "" if tensor.device == CPU else f" on {tensor.device}"
+    where = "" if tensor.is_cpu else f" on {tensor.device}"
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{where}"

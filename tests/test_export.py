@@ -155,8 +155,7 @@ def test_an_export_is_not_mixed_with_one_of_other_layers(source, cli, tmp_path):
 def test_speculators_layers_follow_the_context_not_the_order_of_capture(tmp_path):
     """The last layer goes last, wherever the cache has it; the others keep their order."""
     write_cache(tmp_path / "cache", [5])
-    cache = FeatureCache.open(tmp_path / "cache")
-    cache.manifest = replace(cache.manifest, target_layer_ids=[3, 0, 2])
+    cache = FeatureCache.open(tmp_path / "cache").view(layers=[3, 0, 2])
     export(cache, LAYOUTS["speculators"], tmp_path / "out")
     stored = load_file(tmp_path / "out" / "hidden_states" / "hs_0.safetensors")["hidden_states"]
     assert torch.equal(stored, cache[0].hidden_states[0].reshape(5, 3, 16)[:, [1, 2, 0]])
@@ -323,8 +322,7 @@ def test_what_the_cache_lacks_is_refused_with_the_option_that_captures_it(made, 
 
 
 def test_deepspec_needs_ascending_layers(source, tmp_path):
-    cache = FeatureCache.open(source)
-    cache.manifest = replace(cache.manifest, target_layer_ids=[2, 0, 5])
+    cache = FeatureCache.open(source).view(layers=[2, 0, 5])
     with pytest.raises(InputError, match="--target-layers 0,2,5"):
         plan_export(cache, LAYOUTS["deepspec"], tmp_path / "out")
 

@@ -33,8 +33,6 @@ class BatchSource(ABC):
     schema: ShardSchema
     """of the shards"""
     view: View
-    parts: Sequence[BatchSource]
-    """the caches, one after the other"""
     weights: Sequence[float] | None = None
     """how often a sample of each part comes in an epoch; None: once"""
     fingerprint: str
@@ -42,6 +40,11 @@ class BatchSource(ABC):
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    @abstractmethod
+    def parts(self) -> Sequence[BatchSource]:
+        """The caches, one after the other."""
 
     @property
     @abstractmethod

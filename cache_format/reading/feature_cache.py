@@ -141,8 +141,8 @@ class FeatureCache(Dataset):
 
     @property
     def manifest(self) -> Manifest:
-        """What the cache is; of a :meth:`view` with its layers and dtype. Of several caches the first's: target, layers,
-        dtype and captures are those of all."""
+        """What the cache is; of a :meth:`view` with its layers and dtype. Of several caches the first's: target, layers
+        and dtype are those of all."""
         return self._source.manifest
 
     @property
@@ -269,8 +269,8 @@ class FeatureCache(Dataset):
         """Batches for training: an iterable of :class:`DFlashTargetBatch`, one epoch each time it is iterated over.
 
         ``len()``, ``set_epoch(epoch)``, ``skip(steps)``, ``state_dict()`` and ``load_state_dict(state)`` are what
-        trainers expect of it; a state resumes within an epoch, exactly, on any number of ranks. The order is a pure function of the options,
-        the seed and the epoch; threads and prefetch do not change it.
+        trainers expect of it; a state resumes within an epoch, exactly, on any number of ranks. The order is a pure
+        function of the options, the seed and the epoch; threads and prefetch do not change it.
 
         A batch stays valid for as long as any tensor of it is held; its memory is then used again. Memory is bounded
         by ``prefetch + 2`` batches of the largest size, and those that the caller holds. On CUDA that memory

@@ -33,7 +33,7 @@ class JoinedCaches(BatchSource):
             MismatchError: two do not go together; names both, and how they differ.
             InputError: no cache, or weights that cannot be.
         """
-        self.parts = tuple(itertools.chain.from_iterable(part.parts for part in parts))
+        self._parts = tuple(itertools.chain.from_iterable(part.parts for part in parts))
         if not self.parts:
             raise InputError("give at least one cache")
         for part in self.parts[1:]:
@@ -55,6 +55,11 @@ class JoinedCaches(BatchSource):
     def viewed(self, view: View) -> JoinedCaches:
         """See :class:`BatchSource`."""
         return JoinedCaches([part.viewed(view) for part in self.parts], self.weights)
+
+    @property
+    def parts(self) -> Sequence[BatchSource]:
+        """See :class:`BatchSource`."""
+        return self._parts
 
     @property
     def readers(self) -> Executor | None:

@@ -43,7 +43,7 @@ class OpenCache(BatchSource):
         self.folder, self.path, self.where = folder, folder.path, folder.where
         self.manifest = self.stored = manifest
         self.index, self.view, self.schema = index, STORED, manifest.schema()
-        self.parts, self.fingerprint = (self,), manifest.fingerprint
+        self.fingerprint = manifest.fingerprint
         self._shards, self._options = shards, options
         self.opened = OpenShards(self.schema, may_vanish=isinstance(folder, StoreFolder))
 
@@ -55,8 +55,13 @@ class OpenCache(BatchSource):
         # Not copy.copy: that would open the cache anew, as pickling does.
         other = object.__new__(type(self))
         vars(other).update(vars(self))
-        other.view, other.manifest, other.parts = view, seen(self.stored, view), (other,)
+        other.view, other.manifest = view, seen(self.stored, view)
         return other
+
+    @property
+    def parts(self) -> Sequence[BatchSource]:
+        """See :class:`BatchSource`. Not kept: a cache ends with its last user, and its temporary files with it."""
+        return (self,)
 
     @property
     def readers(self) -> Executor | None:
