@@ -1,4 +1,4 @@
-"""collection.json: caches that lie side by side and are read as one. Written by ``dflash-cache append``."""
+"""collection.json: caches that lie side by side and are read as one."""
 
 from __future__ import annotations
 

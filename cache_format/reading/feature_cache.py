@@ -69,7 +69,7 @@ class FeatureCache(Dataset):
 
         Args:
             path: the folder, or the URL such as ``s3://bucket/prefix``, that ``dflash-cache extract --out`` wrote. Or
-                the folder or name of a collection.json, which ``dflash-cache append`` wrote: all its caches. Or a list
+                the folder or name of a collection.json (``cache_format.layout.collection``): all its caches. Or a list
                 of these: one cache with the samples of all, one after the other.
             weights: for a list: how often a sample of each comes in an epoch of a loader, such as ``[1, 0.25, 3]``.
                 Of 0.25 it is another quarter each epoch. Default: every sample once.
