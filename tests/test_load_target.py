@@ -59,7 +59,7 @@ def test_attention_can_be_chosen(tiny_target):
 def test_errors_say_what_to_do(tmp_path, tiny_target):
     with pytest.raises(InputError, match="no such folder"):
         load_config(str(tmp_path / "nowhere"), None, False)
-    with pytest.raises(InputError, match="neither a folder here nor a target that the hub could give"):
+    with pytest.raises(InputError, match="no such folder here; if you mean the hub"):
         load_config("nobody/no-such-model", None, False)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="--target"):

@@ -60,6 +60,7 @@ def load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any
     """
     from transformers import AutoConfig
 
+    _require_found(name, revision)
     return _loaded(AutoConfig.from_pretrained, name, revision=revision, trust_remote_code=trust_remote_code)
 
 
@@ -178,6 +179,29 @@ def resolve_dtype(name: str, device: torch.device) -> str:
     return name
 
 
+def _require_found(name: str, revision: str | None) -> None:
+    """Ask the hub once, and at once: transformers would try again for half a minute where a path has a typo.
+
+    Raises:
+        InputError: no such folder, and no such target on the hub.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if Path(name).exists() or constants.HF_HUB_OFFLINE:
+        return
+    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise InputError(f"--target {name}: no such folder (as a target of the hub it would be owner/name)")
+    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        return
+    try:
+        HfApi().model_info(name, revision=revision, timeout=30)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"--target {name}: no such folder here; if you mean the hub: it cannot be had from there ({reason})"
+        ) from error
+
+
 def _loaded(load: Any, name: str, **options: Any) -> Any:
     """Call a ``from_pretrained``; what it raises on bad input becomes one line that says what to do."""
     from transformers.utils import logging
@@ -191,7 +215,7 @@ def _loaded(load: Any, name: str, **options: Any) -> Any:
         if "trust_remote_code" in str(error):
             reason = "it comes with code of its own; pass --trust-remote-code to run that"
         elif not Path(name).exists() and not Path(name).is_absolute() and name.count("/") <= 1:
-            reason = f"neither a folder here nor a target that the hub could give ({reason})"
+            reason = f"no such folder here; if you mean the hub: it cannot be had from there ({reason})"
         elif not Path(name).exists():
             reason = "no such folder"
         raise InputError(f"--target {name}: {reason}") from error
