@@ -150,16 +150,8 @@ def test_preview_takes_the_options_of_extract_that_decide_samples() -> None:
     of_states = {
         *("out", "scratch", "target_layers", "num_draft_layers", "capture", "dtype", "device", "devices", "device_map"),
         *("tp_plan", "attn_implementation", "compile", "deterministic", "on_nonfinite", "codec", "shard_size"),
-        *(
-            "adapter",
-            "strict_hardware",
-            "batch_tokens",
-            "profile",
-            "engine",
-            "address",
-            "num_workers",
-            "gpus_per_worker",
-        ),
+        *("batch_tokens", "profile", "engine", "address", "num_workers", "gpus_per_worker", "adapter"),
+        *("strict_hardware", "backend", "tensor_parallel", "pipeline_parallel", "expert_parallel"),
     }
     asked, looked_at = inspect.signature(extract).parameters, inspect.signature(preview).parameters
     assert set(asked) - of_states == set(looked_at) - {"rows", "row"}
