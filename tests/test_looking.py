@@ -8,6 +8,8 @@ import json
 import os
 import pty
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from cache_format import FeatureCache
 from cache_format.layout.samples import PreparedSamples
 from extractor.cli.extract import extract
 from extractor.cli.preview import preview
 from extractor.data.stretches import stretches
+from extractor.job.show import LayerNorms, Shown, describe
 from extractor.terminal.learned_text import LEARNED_BEGIN, LEARNED_END, Stretch, one_line, painted, printable
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
@@ -214,3 +218,116 @@ def test_what_is_printed() -> None:
     assert printable("é 日本\n\tok") == "é 日本\n\tok"
     assert printable("\x1b[2J\x9b\x00\u2028") == r"\x1b[2J\x9b\x00\u2028"
     assert one_line("a\nb\tc") == r"a\nb\tc"
+
+
+# -- show -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_of_a_cache_its_row_and_its_norms(cli: Any, made: Path, demo_jsonl: Path) -> None:
+    cache, samples = FeatureCache.open(made), PreparedSamples(made / "samples", 1)
+    code, out, err = cli("show", made, "17", "--json")
+    assert (code, err) == (0, "")
+    shown = json.loads(out)
+    assert shown["input_ids"] == samples[17].input_ids.tolist() == cache[17].input_ids[0].tolist()
+    assert shown["loss_mask"] == samples[17].loss_mask.tolist()
+    assert shown["source"] == f"train.jsonl row {samples[17].source_row + 1}"
+    tokenizer = AutoTokenizer.from_pretrained(made / "target")
+    assert "".join(part["text"] for part in shown["text"]) == tokenizer.decode(shown["input_ids"])
+    states = cache[17].hidden_states[0].double().view(len(shown["input_ids"]), len(cache.target_layer_ids), -1)
+    for layer, norms in enumerate(shown["norms"]):
+        expected = states[:, layer].norm(dim=1)
+        assert norms["layer"] == cache.target_layer_ids[layer]
+        assert norms["first"] == pytest.approx(float(expected[0]), rel=1e-5)
+        assert norms["median"] == pytest.approx(float(expected.median()), rel=1e-5)
+        assert norms["largest"] == pytest.approx(float(expected.max()), rel=1e-5)
+        assert norms["largest_at"] == int(expected.argmax())
+    _, out, _ = cli("show", made, "17")
+    assert f"made from train.jsonl row {samples[17].source_row + 1}\n" in out
+    assert out.count("[[") == sum(part["learned"] for part in shown["text"])
+
+
+def test_a_sample_is_the_one_that_preview_shows(cli: Any, made: Path, job: list[str]) -> None:
+    _, out, _ = cli("show", made, "3", "--json")
+    shown = json.loads(out)
+    data_and_length = [*job[:4], "--max-length", "256"]
+    _, out, _ = cli("preview", *data_and_length, "--row", shown["source"], "--json")
+    [sample] = json.loads(out)["rows"][0]["samples"]
+    assert (sample["input_ids"], sample["text"]) == (shown["input_ids"], shown["text"])
+
+
+def test_some_tokens_of_a_sample(cli: Any, made: Path) -> None:
+    whole = json.loads(cli("show", made, "5", "--json")[1])
+    some = json.loads(cli("show", made, "5", "--from", "7", "--to", "20", "--json")[1])
+    assert some["input_ids"] == whole["input_ids"][7:20]
+    assert some["norms"] == whole["norms"]
+    assert "".join(p["text"] for p in some["text"]) in "".join(p["text"] for p in whole["text"])
+    assert json.loads(cli("show", made, "5", "--to", "99999", "--json")[1]) == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [(["99999"], "there is no sample 99999; it has 0 to "), (["5", "--from", "9999"], "--from 9999"), (["-1"], "-1")],
+)
+def test_a_sample_that_is_not_there_is_refused(arguments: list[str], problem: str, cli: Any, made: Path) -> None:
+    code, out, err = cli("show", made, *arguments)
+    assert (code, out) == (2, "")
+    assert problem in err
+    assert "Traceback" not in err
+
+
+def test_a_damaged_cache_is_shown_as_far_as_it_goes(cli: Any, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "c")
+    (tmp_path / "c" / "target" / "tokenizer.json").write_text("{}")
+    (tmp_path / "c" / "samples" / "samples-00000.arrow").write_bytes(b"x")
+    code, out, _ = cli("show", tmp_path / "c", "5", "--to", "9")
+    assert code == 0
+    assert "token ids, since" in out
+    assert "samples/ is damaged" in out
+    assert str(json.loads(cli("show", made, "5", "--json")[1])["input_ids"][8]) in out
+    shard = tmp_path / "c" / "shards" / "shard-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    codes = {cli("show", tmp_path / "c", str(number))[0] for number in FeatureCache.open(made).index.sample_id}
+    assert codes == {0, 2}
+
+
+def test_foreign_names_in_a_cache_do_nothing_to_a_terminal() -> None:
+    stretch = [Stretch("\x1b]0;x\x07", True)]
+    norms = [LayerNorms(layer=0, median=1.0, first=2.0, largest=3.0, largest_at=0)]
+    shown = Shown(
+        cache="c\x1b[2J", sample_id=0, source="a\x1b[1m\nrow 1", shard=0, tokens=1, learned=1, start=0, stop=1,
+        input_ids=[1], loss_mask=[1], text=stretch, problem="\x9b1m", norms=norms,
+    )  # fmt: skip
+    for each in (shown, replace(shown, problem="")):
+        assert not [c for c in describe(each, False) if not c.isprintable() and c != "\n"]
+
+
+def test_a_cache_of_several_sources_says_which_sample_is_from_where(
+    cli: Any, tmp_path: Path, tiny_target: Path
+) -> None:
+    (tmp_path / "b").mkdir()
+    rows = {
+        name: [{"prompt": f"{name} {n}", "response": "yes " * n} for n in range(1, 41)] for name in ("a", "b/c", "b/d")
+    }
+    for name, content in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    data = ["--data", f"{tmp_path / 'a.jsonl'}:0.5", "--data", tmp_path / "b"]
+    out = tmp_path / "cache"
+    job = ["--target", tiny_target, *data, "--out", out, "--device", "cpu", "--target-layers", "0,2"]
+    code, _, err = cli("extract", *job)
+    assert code == 0, err
+    summary = json.loads(cli("inspect", out, "--json")[1])
+    first, second = summary["data"]["sources"]
+    assert second["samples"] == 80
+    assert 10 < first["samples"] < 30
+    assert first["samples"] + second["samples"] == summary["totals"]["samples"]
+    assert first["tokens"] + second["tokens"] == summary["totals"]["tokens"]
+    for number in (0, first["samples"] - 1, first["samples"], summary["totals"]["samples"] - 1):
+        shown = json.loads(cli("show", out, str(number), "--json")[1])
+        name, row = shown["source"].rsplit(" row ", 1)
+        expected = rows[next(key for key in rows if f"{key}.jsonl" in name)][int(row) - 1]["prompt"]
+        assert expected in "".join(part["text"] for part in shown["text"])
+        args = ("preview", "--target", tiny_target, *data, "--row", shown["source"], "--json")
+        [sample] = json.loads(cli(*args)[1])["rows"][0]["samples"]
+        assert sample["input_ids"] == shown["input_ids"]

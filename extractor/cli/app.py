@@ -26,6 +26,7 @@ from extractor.cli.inspect import inspect
 from extractor.cli.preview import preview
 from extractor.cli.recode import recode
 from extractor.cli.repair import repair
+from extractor.cli.show import show
 from extractor.cli.verify import verify
 from extractor.terminal.progress import say
 from extractor.terminal.signals import Stopped, stoppable
@@ -44,8 +45,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help=(
         "Run a frozen target LLM once over a dataset and cache what a DFlash draft trains on.\n\n"
-        "[bold]estimate[/bold] what it will take, [bold]extract[/bold] it, [bold]inspect[/bold] and "
-        "[bold]verify[/bold] it; a trainer reads it with cache_format.FeatureCache.\n\n"
+        "[bold]preview[/bold] the data, [bold]estimate[/bold] what it will take, [bold]extract[/bold] it, "
+        "[bold]inspect[/bold], [bold]show[/bold] and [bold]verify[/bold] it; a trainer reads it with "
+        "cache_format.FeatureCache.\n\n"
         "Exit codes: 0 done or whole; 1 failed on the way, or damaged; 2 could not start (bad input, another "
         "cache, locked by another process); 130 or 143 stopped by Ctrl-C or SIGTERM, run it again."
     ),
@@ -61,7 +63,7 @@ def _options(
     pass
 
 
-for command in (preview, estimate, extract, inspect, verify, repair, export, recode):
+for command in (preview, estimate, extract, inspect, show, verify, repair, export, recode):
     app.command()(command)
 
 

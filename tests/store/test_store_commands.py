@@ -30,6 +30,12 @@ def test_verify_and_inspect(cli, there, made):
     assert json.loads(out) == {**here, "cache": there}
 
 
+def test_show(cli, there, made):
+    code, out, err = cli("show", there, "17", "--json")
+    assert code == 0, err
+    assert {**json.loads(out), "cache": ""} == {**json.loads(cli("show", made, "17", "--json")[1]), "cache": ""}
+
+
 def test_a_flipped_bit_is_found_and_mended(cli, there, s3, made, arguments):
     data = bytearray((made / shard_name(1)).read_bytes())
     data[len(data) // 2] ^= 4
