@@ -25,6 +25,7 @@ from cache_format.reading.joined_caches import JoinedCaches
 from cache_format.reading.loader import CacheLoader, LoaderOptions, default_rank
 from cache_format.reading.open_cache import OpenCache, open_cache
 from cache_format.reading.view import view_of
+from cache_format.storage.folder import Folder
 from cache_format.storage.host_memory import host_memory
 
 Place = str | os.PathLike[str]
@@ -138,6 +139,11 @@ class FeatureCache(Dataset):
     def path(self) -> Path:
         """The cache's folder; of a cache at a URL the local folder with its small files; of several, the first's."""
         return _first(self._source).path
+
+    @property
+    def folder(self) -> Folder:
+        """Its files by name; of several caches, the first's."""
+        return _first(self._source).folder
 
     @property
     def manifest(self) -> Manifest:
