@@ -245,8 +245,8 @@ GpusPerWorker = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="With --engine ray: GPUs of each actor; more than one needs --device-map auto. Default: 1, or 0 with "
-        "--device cpu.",
+        help="With --engine ray: GPUs of each actor; more than one needs --device-map auto, or --backend vllm with as "
+        "many devices. Default: 1, or 0 with --device cpu.",
         rich_help_panel=_CLUSTER,
         show_default=False,
     ),
