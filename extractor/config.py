@@ -26,6 +26,7 @@ OnBadRow = Literal["fail", "skip"]
 OnNonfinite = Literal["fail", "quarantine"]
 Engine = Literal["local", "ray"]
 TpPlan = Literal["auto"]
+ExpertsImplementation = Literal["eager", "batched_mm", "grouped_mm"]
 Backend = Literal["transformers", "vllm"]
 ExportLayout = Literal["specforge", "speculators", "modelopt", "deepspec", "nemo-dspark", "angelslim"]
 
@@ -52,6 +53,7 @@ _VLLM_INSTEAD = {
     "deterministic": "vLLM's own way is VLLM_BATCH_INVARIANT=1, where its build has it",
     "adapter": "save the target with it merged in",
     "attn_implementation": "vLLM picks its own kernel, which the manifest names",
+    "experts_implementation": "vLLM has kernels of its own",
 }
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -70,6 +72,8 @@ class TargetOptions:
     device: str = "auto"
     attn_implementation: str | None = None
     """None: what transformers picks for the model (sdpa where it can)"""
+    experts_implementation: str | None = None
+    """of a mixture of experts; None: what transformers picks for the model (grouped_mm where it can)"""
     trust_remote_code: bool = False
     adapter: Path | None = None
     """folder of a LoRA adapter that is put beside the target's weights (peft)"""
@@ -106,6 +110,8 @@ class TargetOptions:
         if self.chat_template is not None and not self.chat_template.is_file():
             raise InputError(f"--chat-template {self.chat_template}: no such file")
         _require_choice("--backend", self.backend, Backend)
+        if self.experts_implementation is not None:
+            _require_choice("--experts-implementation", self.experts_implementation, ExpertsImplementation)
         for name in ("tensor_parallel", "pipeline_parallel"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
@@ -114,6 +120,7 @@ class TargetOptions:
                 name: getattr(self, name) for name in ("device_map", "tp_plan", "compile", "deterministic", "adapter")
             }
             given["attn_implementation"] = self.attn_implementation
+            given["experts_implementation"] = self.experts_implementation
             for name in (name for name, value in given.items() if value):
                 raise InputError(f"--{name.replace('_', '-')} is for --backend transformers; {_VLLM_INSTEAD[name]}")
         elif (self.tensor_parallel, self.pipeline_parallel, self.expert_parallel) != (1, 1, False):

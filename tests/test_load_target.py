@@ -8,20 +8,25 @@ import shutil
 import subprocess
 import sys
 
+import late_device
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import HIDDEN, LAYERS, VOCAB, build, gemma3_multimodal, gpt2, qwen3
+from tiny_models import HIDDEN, LAYERS, VOCAB, build, gemma3_multimodal, gpt2, qwen3, qwen3_moe
 from transformers import AutoTokenizer
+from transformers.integrations import accelerate as accelerate_in_transformers
 
 from cache_format.errors import InputError
 from cache_format.layout.embeddings import load_input_embeddings, load_output_embeddings
 from cache_format.layout.manifest import TargetInfo
+from extractor.config import TargetOptions
+from extractor.target.in_fact import decided_in_fact
 from extractor.target.load_target import (
     TargetShape,
     load_config,
     load_target,
     load_tokenizer,
+    load_wanted,
     resolve_device,
     resolve_dtype,
 )
@@ -54,6 +59,63 @@ def test_attention_can_be_chosen(tiny_target):
     assert load(tiny_target, attn_implementation="eager").config._attn_implementation == "eager"
     with pytest.raises(InputError, match="--target"):
         load(tiny_target, attn_implementation="flash_attention_2")
+
+
+@pytest.mark.parametrize("kernel", ["eager", "batched_mm", "grouped_mm"])
+def test_the_kernel_of_experts_can_be_chosen(kernel, tmp_path):
+    build(qwen3_moe).save_pretrained(tmp_path)
+    ids = torch.arange(24)[None] % VOCAB
+    expected = build(qwen3_moe)(ids).logits
+    options = TargetOptions(name=str(tmp_path), experts_implementation=kernel)
+    loaded = load_wanted(options, torch.float32, CPU, None)
+    assert decided_in_fact(loaded)["experts_implementation"] == kernel
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "batched_mm", "grouped_mm"])
+def test_a_target_without_experts_has_no_kernel_for_them(kernel, tiny_target):
+    with pytest.raises(InputError, match="experts"):
+        load_wanted(TargetOptions(name=str(tiny_target), experts_implementation=kernel), torch.float32, CPU, None)
+    with pytest.raises(InputError, match="--experts-implementation 'fast'"):
+        TargetOptions(name=str(tiny_target), experts_implementation="fast")
+
+
+def test_a_device_map_that_offloads_is_refused_with_the_sizes(tiny_target, monkeypatch):
+    monkeypatch.setattr(accelerate_in_transformers, "accelerate_max_memory", lambda given: {"cpu": 600_000})
+    with pytest.raises(InputError, match=r"--device-map auto: [\d,]{6,} of the target's [\d,]{6,} bytes .* offloaded"):
+        load(tiny_target, device_map="auto")
+
+
+def loaded_late(target: str, memory: int) -> tuple[set[str], set[str], int, list[int]] | str:
+    """Where the weights are once transformers has loaded them, where they end, their bytes, and those of each copy."""
+    late = late_device.install(memory=memory)
+    at_first: set[str] = set()
+    move = torch.nn.Module.to
+
+    def to(model: torch.nn.Module, *arguments: object) -> torch.nn.Module:
+        at_first.update(str(weight.device) for weight in model.parameters())
+        return move(model, *arguments)
+
+    torch.nn.Module.to = to  # type: ignore[method-assign]
+    try:
+        model = load(target, device=torch.device("late", 0))
+    except InputError as error:
+        return str(error)
+    weights = list(model.parameters())
+    return at_first, {str(weight.device) for weight in weights}, sum(weight.nbytes for weight in weights), late.crossed
+
+
+def test_weights_go_straight_to_the_device(tiny_target):
+    """The host never holds the whole model: it is there before anything could move it, tensor by tensor."""
+    at_first, at_last, size, copies = late_device.in_a_process(loaded_late, str(tiny_target), 1 << 30)
+    assert at_first == at_last == {"late:0"}
+    assert max(copies) < size / 2
+    assert size <= sum(copies) < 1.01 * size, "each crosses the bus once"
+
+
+def test_weights_that_do_not_fit_are_told(tiny_target):
+    said = late_device.in_a_process(loaded_late, str(tiny_target), 1_000_000)
+    assert "its weights do not fit on late:0; choose a larger --device" in said
 
 
 def test_errors_say_what_to_do(tmp_path, tiny_target):

@@ -153,6 +153,7 @@ def test_preview_takes_the_options_of_extract_that_decide_samples() -> None:
     """An option that extract gets and preview does not would show other samples than those that are stored."""
     of_states = {
         *("out", "scratch", "target_layers", "num_draft_layers", "capture", "dtype", "device", "devices", "device_map"),
+        "experts_implementation",
         *("tp_plan", "attn_implementation", "compile", "deterministic", "on_nonfinite", "codec", "shard_size"),
         *("batch_tokens", "profile", "engine", "address", "num_workers", "gpus_per_worker", "adapter"),
         *("strict_hardware", "backend", "tensor_parallel", "pipeline_parallel", "expert_parallel"),

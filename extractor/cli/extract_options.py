@@ -81,8 +81,15 @@ def extract_options(arguments: dict[str, Any]) -> ExtractOptions:
             name=arguments["target"],
             target_layer_ids=None if layers is None else tuple(parse_layer_ids(layers)),
             **taken("num_draft_layers", "dtype", "device", "attn_implementation", "revision", "trust_remote_code"),
-            **taken("device_map", "tp_plan", "compile", "deterministic", "adapter", "chat_template"),
-            **taken("backend", "tensor_parallel", "pipeline_parallel", "expert_parallel"),
+            **taken(
+                "device_map",
+                "tp_plan",
+                "compile",
+                "deterministic",
+                "adapter",
+                "chat_template",
+            ),
+            **taken("experts_implementation", "backend", "tensor_parallel", "pipeline_parallel", "expert_parallel"),
         ),
         data=_sources(arguments),
         prepare=PrepareOptions(

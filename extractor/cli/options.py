@@ -57,6 +57,15 @@ Attention = Annotated[
         show_default=False,
     ),
 ]
+Experts = Annotated[
+    config.ExpertsImplementation | None,
+    typer.Option(
+        help="How transformers computes the experts of a mixture: eager, batched_mm or grouped_mm. Default: what it "
+        "picks.",
+        rich_help_panel=_TARGET,
+        show_default=False,
+    ),
+]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a hub target.", rich_help_panel=_TARGET, show_default=False)
 ]

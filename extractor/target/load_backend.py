@@ -116,6 +116,7 @@ def load_backend_of(
         dtype=manifest.torch_dtype,
         device=device,
         attn_implementation=manifest.identity["attn_implementation"] if backend == made_by else None,
+        experts_implementation=manifest.identity.get("experts_implementation") if backend == made_by else None,
         trust_remote_code=trust_remote_code,
     )
     model = model if adapter is None else with_adapter(model, adapter)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from cache_format.device import CPU, accelerators, count, has_streams, parse
+from cache_format.device import CPU, accelerators, count, has_streams, parse, synchronize
 from cache_format.errors import InputError
 from extractor.config import TargetOptions
 from extractor.target.adapter import with_adapter
+from extractor.terminal.progress import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +92,13 @@ def load_target(
     device: torch.device,
     attn_implementation: str | None,
     trust_remote_code: bool,
+    experts_implementation: str | None = None,
     device_map: str | None = None,
     tp_size: int | None = None,
 ) -> nn.Module:
     """The target with its weights, frozen, in eval mode, on ``device`` or divided as ``device_map`` says.
+
+    Weights go to a device tensor by tensor (with accelerate): the host never holds all of them.
 
     With ``tp_size`` it is divided over as many processes (tensor parallelism), which all call this together.
 
@@ -104,8 +110,12 @@ def load_target(
     options: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
+    if experts_implementation:
+        options["experts_implementation"] = experts_implementation
     if device_map:
         options["device_map"] = device_map
+    elif device != CPU and not tp_size and find_spec("accelerate"):
+        options["device_map"] = {"": device}
     if tp_size:
         options["distributed_config"] = _tensor_parallel(tp_size)
     config = load_config(name, revision, trust_remote_code)
@@ -113,26 +123,59 @@ def load_target(
         config, "auto_map", {}
     )
     kind = AutoModelForCausalLM if known else AutoModelForImageTextToText
-    model: nn.Module = _loaded(kind.from_pretrained, name, **options)
     try:
-        return (model if device_map or tp_size else model.to(device)).eval().requires_grad_(False)
+        model: nn.Module = _loaded(kind.from_pretrained, name, **options)
+        model = model if device_map or tp_size else model.to(device)
     except torch.OutOfMemoryError:
         raise InputError(f"--target {name}: its weights do not fit on {device}; choose a larger --device") from None
+    if device_map:
+        _require_on_devices(model, device_map)
+    return model.eval().requires_grad_(False)
+
+
+def _require_on_devices(model: nn.Module, device_map: str) -> None:
+    """Weights on the CPU beside accelerators, or on the disk, would cross the bus again in each batch."""
+    elsewhere = {"meta", "cpu"} if accelerators() else {"meta"}
+    weights = list(model.parameters())
+    off = sum(weight.nbytes for weight in weights if weight.device.type in elsewhere)
+    if off:
+        whole = sum(weight.nbytes for weight in weights)
+        raise InputError(
+            f"--device-map {device_map}: {off:,} of the target's {whole:,} bytes of weights do not fit on the devices "
+            "here and would be offloaded, read again in each batch; use more or larger devices, or a smaller --dtype"
+        )
 
 
 def load_wanted(target: TargetOptions, dtype: torch.dtype, device: torch.device, tp_size: int | None) -> nn.Module:
-    """:func:`load_target` as the options of an extraction say."""
+    """:func:`load_target` as the options of an extraction say; tells how fast it was.
+
+    Raises:
+        InputError: it cannot be loaded so; says why.
+    """
+    begun = time.perf_counter()
     model = load_target(
         target.name,
         revision=target.revision,
         dtype=dtype,
         device=device,
         attn_implementation=target.attn_implementation,
+        experts_implementation=target.experts_implementation,
         trust_remote_code=target.trust_remote_code,
         device_map=target.device_map,
         tp_size=tp_size,
     )
+    synchronize(device)
+    seconds, loaded = time.perf_counter() - begun, sum(weight.nbytes for weight in model.parameters()) / 1e9
+    say(f"loaded {loaded:.3g} GB of weights in {seconds:.1f} s, {loaded / seconds:.2g} GB/s")
+    if target.experts_implementation and not any(map(_chooses_experts, model.modules())):
+        raise InputError(f"--experts-implementation: {type(model).__name__} has no experts to choose it for")
     return model if target.adapter is None else with_adapter(model, target.adapter)
+
+
+def _chooses_experts(module: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel) and module._can_set_experts_implementation()
 
 
 def _tensor_parallel(tp_size: int) -> Any:
