@@ -252,14 +252,19 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(_canonical(dict(identity))).hexdigest()
 
 
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name -> both values, of the fields that differ; one that only one side has differs too."""
+    names = dict.fromkeys([*other, *one])
+    return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
+
+
 def require_same_identity(cache: Path | str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     """Refuse a resume with anything that would change a byte; a field that only one side has differs too.
 
     Raises:
         MismatchError: names each field that differs, with both values.
     """
-    names = dict.fromkeys([*asked, *stored])
-    different = {name: (stored.get(name), asked.get(name)) for name in names if stored.get(name) != asked.get(name)}
+    different = differing(stored, asked)
     if different:
         raise MismatchError(
             f"{cache}: this cache was begun with other inputs; nothing was touched. Different:",

@@ -14,7 +14,7 @@ import numpy as np
 from cache_format.batch import DFlashTargetBatch
 from cache_format.errors import InputError, MismatchError
 from cache_format.layout.index import Index
-from cache_format.layout.manifest import Manifest
+from cache_format.layout.manifest import Manifest, differing
 from cache_format.reading.batch_source import BatchSource
 from cache_format.reading.gather import Piece
 from cache_format.reading.view import View
@@ -121,9 +121,7 @@ def require_alike(one: BatchSource, other: BatchSource) -> None:
     Raises:
         MismatchError: names both caches and each field that differs.
     """
-    have, asked = _decides(one), _decides(other)
-    names = dict.fromkeys([*have, *asked])
-    different = {name: (have.get(name), asked.get(name)) for name in names if have.get(name) != asked.get(name)}
+    different = differing(_decides(one), _decides(other))
     if different:
         raise MismatchError(
             f"{one.where} and {other.where} do not go together. Different (the first, then the second):",

@@ -192,6 +192,11 @@ def content_text(message: Message) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
+def answer_of(message: Message) -> str:
+    """The content without the reasoning that may stand before it."""
+    return content_text(message).rsplit("</think>", 1)[-1].strip()
+
+
 def _forms(conversation: Conversation) -> Iterator[Conversation]:
     yield conversation
     yield _changed(conversation, _with_json_arguments)
@@ -205,7 +210,7 @@ def _changed(conversation: Conversation, change: Callable[[Message], Message]) -
 
 def _writes(text: str, message: Message) -> bool:
     """Whether the text has the content's answer, and the arguments of calls not as Python writes them."""
-    if message["role"] == "assistant" and content_text(message).rsplit("</think>", 1)[-1].strip() not in text:
+    if message["role"] == "assistant" and answer_of(message) not in text:
         return False
     given = [function_of(call).get("arguments") for call in _calls(message)]
     return not any(isinstance(arguments, Mapping) and arguments and str(arguments) in text for arguments in given)

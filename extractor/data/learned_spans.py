@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from extractor.data.bad_row import BadRow
-from extractor.data.chat_template import content_text, function_of, with_function
+from extractor.data.chat_template import answer_of, content_text, function_of, with_function
 from extractor.data.conversation import Message
 
 WAYS_OUT = (
@@ -96,7 +96,7 @@ class SpanFinder:
     def _unasked_header(self, turn: int, prompt: str) -> int:
         """Length of the header that stands behind a prompt in which nothing asks for the assistant.
 
-        None where the answer follows at once (Mistral). Behind a tool's result some templates ask for nothing, and
+        0 where the answer follows at once (Mistral). Behind a tool's result some templates ask for nothing, and
         write the header that they write elsewhere all the same.
         """
         plain = self._render_or_none([*self.messages[:turn], self._plain(self.messages[turn])])
@@ -371,14 +371,10 @@ def require_written(message: Message, body: str) -> None:
         name = function_of(call)["name"]
         if body.count(name) < sum(function_of(other)["name"] == name for other in calls):
             raise NotDerivable("this template does not write tool calls, or not all of them")
-    if _answer(message) not in body:
+    if answer_of(message) not in body:
         if calls:
             raise NotDerivable("this template leaves out the text beside tool calls")
         raise NotDerivable("the chat template changes the assistant's content, or leaves it out")
-
-
-def _answer(message: Message) -> str:
-    return content_text(message).rsplit("</think>", 1)[-1].strip()
 
 
 def reasoning_left_out(message: Message, body: str) -> bool:
