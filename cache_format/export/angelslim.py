@@ -15,10 +15,16 @@ The reader leaves out, with a warning only, a file that lacks one of them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import BinaryIO
 
-from cache_format.export.interface import FILES_A_FOLDER, ExportFile, Layout, require_last_hidden_states, write_torch
+from cache_format.export.interface import (
+    ExportFile,
+    Layout,
+    file_a_sample,
+    require_last_hidden_states,
+    token_bytes_with_last,
+    write_torch,
+)
 from cache_format.reading.feature_cache import FeatureCache
 
 
@@ -27,11 +33,7 @@ def _check(cache: FeatureCache) -> None:
 
 
 def _files(cache: FeatureCache) -> Iterator[ExportFile]:
-    manifest = cache.manifest
-    token_bytes = 2 * 8 + (manifest.width + manifest.hidden_size) * manifest.torch_dtype.itemsize
-    for i, length in enumerate(cache.index.num_tokens):
-        name = f"rows_{i - i % FILES_A_FOLDER:09d}/data_{i:09d}.ckpt"
-        yield ExportFile(name=name, num_bytes=int(length) * token_bytes, fill=partial(_fill, cache, i))
+    return file_a_sample(cache, "data_{:09d}.ckpt", token_bytes_with_last(cache), _fill)
 
 
 def _fill(cache: FeatureCache, i: int, file: BinaryIO) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO
 
 import torch
@@ -78,6 +79,29 @@ def seen_by(
 def last_layer(cache: FeatureCache) -> int:
     """The target's last decoder layer."""
     return cache.manifest.target.num_hidden_layers - 1
+
+
+def file_a_sample(
+    cache: FeatureCache, file_name: str, token_bytes: int, fill: Callable[[FeatureCache, int, BinaryIO], None]
+) -> Iterator[ExportFile]:
+    """A file for every sample, in folders of FILES_A_FOLDER.
+
+    Args:
+        cache: what is exported.
+        file_name: of one sample, with ``{:09d}`` where its number stands.
+        token_bytes: bytes a token takes in a file.
+        fill: called with the cache, the sample's number and the open file.
+    """
+    for i, length in enumerate(cache.index.num_tokens):
+        name = f"rows_{i - i % FILES_A_FOLDER:09d}/{file_name.format(i)}"
+        yield ExportFile(name=name, num_bytes=int(length) * token_bytes, fill=partial(fill, cache, i))
+
+
+def token_bytes_with_last(cache: FeatureCache) -> int:
+    """Bytes a token takes where a file holds ids, mask, the layers' states and ``last_hidden_states``, if captured."""
+    manifest = cache.manifest
+    states = manifest.width + manifest.hidden_size * manifest.capture["last_hidden_states"]
+    return 2 * 8 + states * manifest.torch_dtype.itemsize
 
 
 def require_last_hidden_states(cache: FeatureCache, name: str) -> None:

@@ -16,15 +16,15 @@ A captured last decoder layer is given after the norm, as the project's online p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import BinaryIO
 
 from cache_format.export.interface import (
-    FILES_A_FOLDER,
     ExportFile,
     Layout,
+    file_a_sample,
     require_last_hidden_states,
     states_of_last_layer_normed,
+    token_bytes_with_last,
     write_torch,
 )
 from cache_format.reading.feature_cache import FeatureCache
@@ -35,11 +35,7 @@ def _check(cache: FeatureCache) -> None:
 
 
 def _files(cache: FeatureCache) -> Iterator[ExportFile]:
-    manifest = cache.manifest
-    token_bytes = 2 * 8 + (manifest.width + manifest.hidden_size) * manifest.torch_dtype.itemsize
-    for i, length in enumerate(cache.index.num_tokens):
-        name = f"rows_{i - i % FILES_A_FOLDER:09d}/sample_{i:09d}.pt"
-        yield ExportFile(name=name, num_bytes=int(length) * token_bytes, fill=partial(_fill, cache, i))
+    return file_a_sample(cache, "sample_{:09d}.pt", token_bytes_with_last(cache), _fill)
 
 
 def _fill(cache: FeatureCache, i: int, file: BinaryIO) -> None:

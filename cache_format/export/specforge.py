@@ -17,11 +17,16 @@ the cache's longest sample.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import BinaryIO
 
-from cache_format.export.interface import FILES_A_FOLDER, ExportFile, Layout, LeftOut, write_torch
-from cache_format.layout.manifest import Manifest
+from cache_format.export.interface import (
+    ExportFile,
+    Layout,
+    LeftOut,
+    file_a_sample,
+    token_bytes_with_last,
+    write_torch,
+)
 from cache_format.reading.feature_cache import FeatureCache
 
 
@@ -30,15 +35,7 @@ def _check(cache: FeatureCache) -> None:
 
 
 def _files(cache: FeatureCache) -> Iterator[ExportFile]:
-    token_bytes = _token_bytes(cache.manifest)
-    for i, length in enumerate(cache.index.num_tokens):
-        name = f"rows_{i - i % FILES_A_FOLDER:09d}/data_{i:09d}.ckpt"
-        yield ExportFile(name=name, num_bytes=int(length) * token_bytes, fill=partial(_fill, cache, i))
-
-
-def _token_bytes(manifest: Manifest) -> int:
-    states = manifest.width + manifest.hidden_size * manifest.capture["last_hidden_states"]
-    return 2 * 8 + states * manifest.torch_dtype.itemsize
+    return file_a_sample(cache, "data_{:09d}.ckpt", token_bytes_with_last(cache), _fill)
 
 
 def _fill(cache: FeatureCache, i: int, file: BinaryIO) -> None:
