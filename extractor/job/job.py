@@ -44,6 +44,7 @@ from extractor.target.load_target import TargetShape, load_config, load_tokenize
 from extractor.target.target_files import write_target_files
 from extractor.target.target_identity import identify_target
 from extractor.target.tensor_parallel import Group, joined, require_plan
+from extractor.target.unloaded import require_runnable
 from extractor.terminal.progress import Reporter, say
 
 PATIENCE_SECONDS = 30 * 60.0
@@ -134,6 +135,7 @@ class Job:
         self.shape = TargetShape.from_config(self.config)
         if target.tp_plan:
             require_plan(self.config)
+        require_runnable(target, self.config, torch_dtype(self.dtype))
         self.layer_ids = chosen_layer_ids(target, self.shape.num_hidden_layers)
         self.tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code, target.chat_template)
         self.source = open_source(options.data, options.prepare.limit)

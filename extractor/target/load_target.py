@@ -16,6 +16,7 @@ from cache_format.device import CPU, accelerators, count, has_streams, parse, sy
 from cache_format.errors import InputError
 from extractor.config import TargetOptions
 from extractor.target.adapter import with_adapter
+from extractor.target.unloaded import auto_class, require_experts, require_on_devices
 from extractor.terminal.progress import say
 
 
@@ -105,8 +106,6 @@ def load_target(
     Raises:
         InputError: it cannot be loaded so; says why.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
     options: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
@@ -118,32 +117,15 @@ def load_target(
         options["device_map"] = {"": device}
     if tp_size:
         options["distributed_config"] = _tensor_parallel(tp_size)
-    config = load_config(name, revision, trust_remote_code)
-    known = type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(
-        config, "auto_map", {}
-    )
-    kind = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    kind = auto_class(load_config(name, revision, trust_remote_code))
     try:
         model: nn.Module = _loaded(kind.from_pretrained, name, **options)
         model = model if device_map or tp_size else model.to(device)
     except torch.OutOfMemoryError:
         raise InputError(f"--target {name}: its weights do not fit on {device}; choose a larger --device") from None
     if device_map:
-        _require_on_devices(model, device_map)
+        require_on_devices(model, device_map)
     return model.eval().requires_grad_(False)
-
-
-def _require_on_devices(model: nn.Module, device_map: str) -> None:
-    """Weights on the CPU beside accelerators, or on the disk, would cross the bus again in each batch."""
-    elsewhere = {"meta", "cpu"} if accelerators() else {"meta"}
-    weights = list(model.parameters())
-    off = sum(weight.nbytes for weight in weights if weight.device.type in elsewhere)
-    if off:
-        whole = sum(weight.nbytes for weight in weights)
-        raise InputError(
-            f"--device-map {device_map}: {off:,} of the target's {whole:,} bytes of weights do not fit on the devices "
-            "here and would be offloaded, read again in each batch; use more or larger devices, or a smaller --dtype"
-        )
 
 
 def load_wanted(target: TargetOptions, dtype: torch.dtype, device: torch.device, tp_size: int | None) -> nn.Module:
@@ -167,15 +149,9 @@ def load_wanted(target: TargetOptions, dtype: torch.dtype, device: torch.device,
     synchronize(device)
     seconds, loaded = time.perf_counter() - begun, sum(weight.nbytes for weight in model.parameters()) / 1e9
     say(f"loaded {loaded:.3g} GB of weights in {seconds:.1f} s, {loaded / seconds:.2g} GB/s")
-    if target.experts_implementation and not any(map(_chooses_experts, model.modules())):
-        raise InputError(f"--experts-implementation: {type(model).__name__} has no experts to choose it for")
+    if target.experts_implementation:
+        require_experts(model)
     return model if target.adapter is None else with_adapter(model, target.adapter)
-
-
-def _chooses_experts(module: nn.Module) -> bool:
-    from transformers import PreTrainedModel
-
-    return isinstance(module, PreTrainedModel) and module._can_set_experts_implementation()
 
 
 def _tensor_parallel(tp_size: int) -> Any:
