@@ -66,7 +66,7 @@ def require_on_devices(model: nn.Module, device_map: str) -> None:
     _refuse_offloading(device_map, off, sum(weight.nbytes for weight in weights))
 
 
-def _require_room(model: nn.Module, device_map: str) -> None:
+def _require_room(model: Any, device_map: str) -> None:
     try:
         from transformers.integrations.accelerate import _get_device_map
 
@@ -97,11 +97,10 @@ def _refuse_offloading(device_map: str, off: int, whole: int) -> None:
         )
 
 
-def _built(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module | None:
+def _built(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The model of ``config`` without memory for its weights; None where its code cannot do without."""
     try:
         with torch.device("meta"):
-            model: nn.Module = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (NotImplementedError, RuntimeError, ValueError, ImportError, TypeError, AttributeError):
         return None
-    return model
