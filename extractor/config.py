@@ -272,6 +272,8 @@ class ExtractOptions:
     """where the cache goes, if not to a folder; ``out`` is then the scratch folder, see writing/upload.py"""
     strict_hardware: bool = False
     """refuse to go on with a cache that was begun with other hardware or software"""
+    append_to: Path | None = None
+    """a finished cache: ``out`` is made as it was, from other data"""
     profile: Path | None = None
     """where to write a Chrome trace of the run"""
 

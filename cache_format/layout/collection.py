@@ -42,12 +42,22 @@ def collection_at(place: str | os.PathLike[str]) -> list[Path] | None:
     Raises:
         CacheError: it is damaged, or a cache is missing or another one than it was.
     """
+    listed = listed_at(place)
+    return None if listed is None else [_checked(path, member) for path, member in listed]
+
+
+def listed_at(place: str | os.PathLike[str]) -> list[tuple[Path, Member]] | None:
+    """As :func:`collection_at`, with their entries and without a look at the caches.
+
+    Raises:
+        CacheError: it is damaged, or leads elsewhere.
+    """
     path = Path(place)
     if path.is_dir() and not (path / MANIFEST_NAME).exists():
         path = path / COLLECTION_NAME
     if path.suffix != ".json" or not path.is_file():
         return None
-    return [_checked(path.parent, member) for member in read_collection(path)]
+    return [(inside(path.parent, member.name), member) for member in read_collection(path)]
 
 
 def read_collection(path: Path) -> list[Member]:
@@ -100,8 +110,7 @@ def member(cache: Path, collection: Path) -> Member:
     return Member(cache.name, Manifest.read(cache).fingerprint)
 
 
-def _checked(folder: Path, member: Member) -> Path:
-    path = inside(folder, member.name)
+def _checked(path: Path, member: Member) -> Path:
     found = Manifest.read(path).fingerprint
     if found != member.fingerprint:
         raise CacheError(path, f"is not the cache that {COLLECTION_NAME} lists: its fingerprint is another")

@@ -74,13 +74,15 @@ def verify(
     quick: bool = False,
     threads: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    listed: str | None = None,
 ) -> VerifyReport:
     """Check a cache in a folder or at a URL; of the latter shards are downloaded one a thread, or read by range.
 
     ``quick`` checks the manifest, the tables, every shard's header, size and head, and that each sample is there
     exactly once. Otherwise every byte is checked too: each sample's checksum, its tokens against the prepared
     samples, and the checksum of every other file. Memory stays bounded: data is read in chunks of 4 MiB a thread.
-    ``progress`` is called with the bytes of shards checked so far.
+    ``progress`` is called with the bytes of shards checked so far. ``listed``: the fingerprint that a collection.json
+    has of it.
 
     Raises:
         CacheError: ``cache`` is not a feature cache at all, so there is nothing to verify.
@@ -95,6 +97,9 @@ def verify(
     except CacheError as error:
         report.problems.append(Problem(file=MANIFEST_NAME, problem=error.problem))
         return report
+    if listed not in (None, manifest.fingerprint):
+        problem = "is of another cache than the one that collection.json lists"
+        report.problems.append(Problem(file=MANIFEST_NAME, field="fingerprint", problem=problem))
     return _Verification(folder, manifest, quick, report).run(threads or os.cpu_count() or 1, progress)
 
 

@@ -18,6 +18,7 @@ import typer
 from cache_format import __version__
 from cache_format.errors import DFlashCacheError, InputError, MismatchError, StorageError
 from cache_format.storage.lock import LockedError
+from extractor.cli.append import append
 from extractor.cli.estimate import estimate
 from extractor.cli.exit_codes import EXIT_COULD_NOT_START, EXIT_FAILED
 from extractor.cli.export import export
@@ -63,7 +64,7 @@ def _options(
     pass
 
 
-for command in (preview, estimate, extract, inspect, show, verify, repair, export, recode):
+for command in (preview, estimate, extract, append, inspect, show, verify, repair, export, recode):
     app.command()(command)
 
 

@@ -10,14 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from extractor.cli.exit_codes import EXIT_FAILED, or_could_not_run
-from extractor.cli.options import Cache, Debug, Json, folder
+from extractor.cli.options import Debug, Json, OneCache, folder
 from extractor.cli.output import show
 from extractor.config import ExportLayout
 from extractor.terminal.progress import Reporter, say, size
 
 
 def export(
-    cache: Cache,
+    cache: OneCache,
     out: Annotated[Any, typer.Argument(help="Folder to write: new, or begun by the same command.", parser=folder)],
     to: Annotated[ExportLayout, typer.Option(help="Whose reader opens them.", show_default=False)],
     layers: Annotated[

@@ -24,7 +24,7 @@ def destination(out: Path | str, scratch: Path | None) -> dict[str, Any]:
     return {"out": where}
 
 
-def _sources(arguments: dict[str, Any]) -> tuple[DataOptions, ...]:
+def data_sources(arguments: dict[str, Any]) -> tuple[DataOptions, ...]:
     """Each ``--data``. Of several, ``--split`` counts for those that have splits and do not name their own, and
     ``--data-config`` and ``--data-revision`` for those of the hub.
 
@@ -91,7 +91,7 @@ def extract_options(arguments: dict[str, Any]) -> ExtractOptions:
             ),
             **taken("experts_implementation", "backend", "tensor_parallel", "pipeline_parallel", "expert_parallel"),
         ),
-        data=_sources(arguments),
+        data=data_sources(arguments),
         prepare=PrepareOptions(
             columns=parse_columns(arguments.get("columns")),
             **taken(

@@ -9,8 +9,12 @@ from extractor.cli.output import show
 
 
 def inspect(cache: Cache, as_json: Json = False, debug: Debug = False) -> None:
-    """What a cache holds and how it was made; reads the manifest alone."""
-    from extractor.job.inspect import describe, summarise
+    """What a cache holds and how it was made; reads the manifest alone. Of a collection, a line for each cache."""
+    from extractor.job.inspect import describe, describe_collection, summarise, summarise_collection
 
+    collection = summarise_collection(cache)
+    if collection is not None:
+        show(json.dumps(collection) if as_json else describe_collection(collection))
+        return
     summary = summarise(cache)
     show(json.dumps(summary) if as_json else describe(summary))

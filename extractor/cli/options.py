@@ -355,9 +355,24 @@ def folder(text: str) -> Path:
     return where
 
 
+def one_cache(text: str) -> Path | str:
+    """As :func:`place`, and not a collection of several caches."""
+    where = place(text)
+    if isinstance(where, Path) and ((where / "collection.json").is_file() or where.suffix == ".json"):
+        from cache_format.layout.collection import collection_at
+
+        if listed := collection_at(where):
+            raise InputError(f"{where}: lists {len(listed)} caches; name one of them: {', '.join(map(str, listed))}")
+    return where
+
+
 Cache = Annotated[
     Any, typer.Argument(help="Folder or URL of the cache.", parser=place, metavar="CACHE", show_default=False)
 ]
+OneCache = Annotated[
+    Any, typer.Argument(help="Folder or URL of the cache.", parser=one_cache, metavar="CACHE", show_default=False)
+]
+"""Where several at once make no sense."""
 Scratch = Annotated[
     Path | None,
     typer.Option(

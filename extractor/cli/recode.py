@@ -11,13 +11,13 @@ import typer
 from cache_format.errors import CacheError, InputError
 from extractor import config
 from extractor.cli.extract_options import destination
-from extractor.cli.options import Cache, Debug, Json, Scratch, place
+from extractor.cli.options import Debug, Json, OneCache, Scratch, place
 from extractor.cli.output import show
 from extractor.terminal.progress import Reporter, say, size
 
 
 def recode(
-    cache: Cache,
+    cache: OneCache,
     out: Annotated[
         Any,
         typer.Argument(

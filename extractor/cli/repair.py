@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 
 from extractor.cli.exit_codes import EXIT_FAILED, or_could_not_run
-from extractor.cli.options import Cache, Debug, Json
+from extractor.cli.options import Debug, Json, OneCache
 from extractor.cli.output import show
 from extractor.terminal.progress import Reporter, say
 
 
 def repair(
-    cache: Cache,
+    cache: OneCache,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask, on a terminal.")] = False,
     as_json: Json = False,

@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from extractor.cli.exit_codes import or_could_not_run
-from extractor.cli.options import Cache, Debug, Json
+from extractor.cli.options import Debug, Json, OneCache
 from extractor.cli.output import show as show_text
 
 
 def show(
-    cache: Cache,
+    cache: OneCache,
     sample: Annotated[int, typer.Argument(min=0, help="Its sample_id, from 0.", metavar="SAMPLE")],
     start: Annotated[int, typer.Option("--from", min=0, help="First token whose text is shown.")] = 0,
     stop: Annotated[

@@ -14,12 +14,14 @@ import torch
 
 from cache_format.codecs import codec_named
 from cache_format.device import hardware
+from cache_format.errors import MismatchError
 from cache_format.layout.manifest import Manifest, fingerprint
 from extractor.config import ExtractOptions, PrepareOptions, TargetOptions
 from extractor.data.chat_template import uses_date
 from extractor.job.plan import PLAN_VERSION
 from extractor.target.target_identity import TargetIdentity, tokenizer_identity
 from extractor.target.tensor_parallel import world_size
+from extractor.terminal.progress import say
 
 PACKAGES = ("dflash-cache", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "zstandard")
 KERNELS = (
@@ -126,6 +128,24 @@ def other_software(created_with: Mapping[str, str], now: Mapping[str, str]) -> d
     names = [*created_with, *(now if "cpu_capability" in created_with else ())]
     both = {name: (created_with.get(name, "absent"), now.get(name, "absent")) for name in names}
     return {name: pair for name, pair in both.items() if pair[0] != pair[1]}
+
+
+def compare_hardware(where: str, created_with: Mapping[str, str], device: torch.device, strict: bool) -> None:
+    """Say what rounding may depend on and is not as it was, or refuse to go on.
+
+    Raises:
+        MismatchError: something differs, and ``strict``.
+    """
+    changed = other_software(created_with, software(device))
+    if changed and strict:
+        raise MismatchError(
+            f"{where}: was begun with other hardware or software, which may round otherwise. Different:",
+            changed,
+            "Go on where it was begun, or leave out --strict-hardware.",
+        )
+    if changed:
+        list_ = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in changed.items())
+        say(f"warning: this cache was begun with other hardware or software; rounding may differ: {list_}")
 
 
 def _version(package: str) -> str | None:

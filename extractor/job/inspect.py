@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_format.errors import InputError
+from cache_format.layout.collection import collection_at
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest, SourceInfo
 from cache_format.layout.samples import BadRows
 from cache_format.layout.shard_layout import finished_shards, shard_name
@@ -38,6 +39,38 @@ def summarise(cache: Path | str) -> dict[str, Any]:
             "shard_bytes": sum(sizes),
         }
     return summary
+
+
+def summarise_collection(place: Path | str) -> dict[str, Any] | None:
+    """``summarise`` of each cache of a collection, and their totals; None where ``place`` is none.
+
+    Raises:
+        CacheError: it is damaged, or a cache is missing or another one than it was.
+    """
+    listed = collection_at(place) if isinstance(place, Path) else None
+    if listed is None:
+        return None
+    caches = [summarise(path) for path in listed]
+    names = ("samples", "tokens", "loss_tokens", "shards")
+    totals = {name: sum(cache["totals"][name] for cache in caches) for name in names}
+    return {"collection": str(place), "totals": totals, "caches": caches}
+
+
+def describe_collection(collection: dict[str, Any]) -> str:
+    """``summarise_collection`` for a person."""
+    caches, totals = collection["caches"], collection["totals"]
+    one = caches[0]
+    lines = [
+        f"{collection['collection']}: {len(caches)} caches, {totals['samples']:,} samples, {totals['tokens']:,} tokens "
+        f"({totals['loss_tokens']:,} learned), {totals['shards']:,} shards",
+        f"target {one['target']['name']}, layers {', '.join(map(str, one['target_layer_ids']))}, {one['dtype']}",
+    ]
+    for cache in caches:
+        lines.append(
+            f"  {cache['cache']}: {cache['state']}, {cache['totals']['samples']:,} samples, "
+            f"{cache['totals']['tokens']:,} tokens, {size(cache['shard_bytes'])}, data {cache['data']['name']}"
+        )
+    return "\n".join(lines)
 
 
 def describe(summary: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from cache_format.codecs.dtypes import torch_dtype
-from cache_format.errors import CacheError, InputError, MismatchError
+from cache_format.errors import CacheError, InputError
 from cache_format.layout.manifest import (
     LATER_IDENTITY,
     MANIFEST_NAME,
@@ -25,9 +25,10 @@ from cache_format.writing.seal import describe_files
 from extractor.config import DEFAULT_BATCH_TOKENS, ExtractOptions
 from extractor.data.dataset import open_source
 from extractor.data.prepare import form_of_source, prepare
+from extractor.job.append import require_same_job
 from extractor.job.destination import Destination
 from extractor.job.folder_destination import FolderDestination
-from extractor.job.identity import inputs_identity, other_software, samples_identity, software, template_date
+from extractor.job.identity import compare_hardware, inputs_identity, samples_identity, software, template_date
 from extractor.job.out_folder import refuse_out_inside_data, require_space, shards_schema
 from extractor.job.plan import Plan
 from extractor.job.report import ExtractReport, bad_row_notes, dropped_note, noted_notes, progress_note
@@ -95,6 +96,8 @@ def opened(
     job = Job(options, destination, worker, stored, on_todo, on_stats)
     if stored is not None:
         job.require_same_inputs(stored)
+    if options.append_to is not None:
+        require_same_job(options.append_to, job.identity)
     with joined(options.target, job.device) as job.group, destination.held():
         yield job
 
@@ -200,21 +203,8 @@ class Job:
         manifest = Manifest.read(self.folder)
         self.require_same_inputs(manifest)
         if manifest.state != "complete":
-            self._compare_hardware(manifest)
+            compare_hardware(self.where, manifest.created_with, self.device, self.options.strict_hardware)
         return manifest
-
-    def _compare_hardware(self, manifest: Manifest) -> None:
-        """Say what rounding may depend on and is not as it was, or refuse to go on."""
-        changed = other_software(manifest.created_with, software(self.device))
-        if changed and self.options.strict_hardware:
-            raise MismatchError(
-                f"{self.where}: was begun with other hardware or software, which may round otherwise. Different:",
-                changed,
-                "Go on where it was begun, or leave out --strict-hardware.",
-            )
-        if changed:
-            list_ = ", ".join(f"{name} {was} -> {now}" for name, (was, now) in changed.items())
-            say(f"warning: this cache was begun with other hardware or software; rounding may differ: {list_}")
 
     def report(self, manifest: Manifest, stats: RunStats) -> ExtractReport:
         """What was done, once the cache is planned."""
@@ -335,7 +325,10 @@ class Job:
                 found = backend.find_batch_tokens(self.device, longest, largest_shard)
                 self.say(f"--batch-tokens auto: {found:,}")
                 decided["batch_tokens"] = found
-            manifest = self.commit(self._planned(manifest, samples, plan, decided, backend))
+            planned = self._planned(manifest, samples, plan, decided, backend)
+            if self.options.append_to is not None:
+                require_same_job(self.options.append_to, planned.identity)
+            manifest = self.commit(planned)
             plan = self.plan(manifest, samples)
         require_same_identity(self.where, manifest.identity, {**manifest.identity, **decided})
         return manifest, plan, backend
