@@ -192,6 +192,39 @@ def test_a_node_that_sees_another_folder_begins_no_cache(job, tmp_path):
 
 
 @pytest.mark.slow
+def test_verify_by_the_workers_of_a_cluster(quiet_cluster, made, tmp_path):
+    """One report of all of them; a worker that dies gives its shards to another."""
+    cache = Path(shutil.copytree(made, tmp_path / "cache"))
+    path = cache / shard_name(3)
+    path.write_bytes(path.read_bytes()[:-20] + b"x" * 20)
+    quiet_cluster.add_node(**NODE)
+    of_ray = ["--engine", "ray", "--address", quiet_cluster.address, "--json"]
+    process = commands.start("verify", cache, *of_ray, before=first_worker_dies)
+    output, errors = process.communicate(timeout=120)
+    report = json.loads(output)
+    assert process.returncode == 1, errors
+    assert "a worker is gone" in errors
+    assert {problem["shard"] for problem in report["problems"]} == {3}
+    assert report["shards"] == report["of_shards"]
+    assert report["bytes_read"] == sum(path.stat().st_size for path in (made / "shards").iterdir())
+
+
+def first_worker_dies() -> None:
+    """In the driver's process: the first worker is killed as soon as it has shards in hand."""
+    from extractor.engine import ray_verify
+
+    hand_out, killed = ray_verify._Fleet._hand_out, []
+
+    def then_kill(fleet: Any, actor: Any) -> None:
+        hand_out(fleet, actor)
+        if not killed:
+            killed.append(actor)
+            fleet._ray.kill(actor)
+
+    ray_verify._Fleet._hand_out = then_kill
+
+
+@pytest.mark.slow
 def test_stopped_and_gone_on_with(quiet_cluster, long_job, uninterrupted, tmp_path):
     out = tmp_path / "cache"
     process = start(long_job, out, quiet_cluster)

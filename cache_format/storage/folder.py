@@ -54,6 +54,13 @@ class Folder(Protocol):
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
 
+    def stamp(self, name: str) -> str:
+        """What changes whenever the file is written anew: its size and time, or what a store says of it.
+
+        Raises:
+            CacheError: it is missing.
+        """
+
     def local(self, name: str) -> Path:
         """A local file with that content.
 
@@ -122,6 +129,15 @@ class LocalFolder:
         """See :class:`Folder`."""
         return (self.path / name).is_file()
 
+    def stamp(self, name: str) -> str:
+        """See :class:`Folder`."""
+        path = self.local(name)
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise StorageError(path, "look at", error) from error
+        return f"{found.st_size}-{found.st_mtime_ns}"
+
     def local(self, name: str) -> Path:
         """See :class:`Folder`."""
         path = inside(self.path, name)
@@ -158,6 +174,7 @@ class StoreFolder:
         """
         self.store, self.where, self.shards, self._key = store, store.url, shards, key
         self._listing: dict[str, int] | None = None
+        self._stamps: dict[str, str] | None = None
         self._readers: tuple[int, Executor] | None = None
         if path is None:
             path = Path(tempfile.mkdtemp(prefix="dflash-cache-"))
@@ -192,6 +209,14 @@ class StoreFolder:
     def has(self, name: str) -> bool:
         """See :class:`Folder`."""
         return self.size(name) is not None
+
+    def stamp(self, name: str) -> str:
+        """See :class:`Folder`. From one listing, made at the first call."""
+        if self._stamps is None:
+            self._stamps = self.store.stamps()
+        if name not in self._stamps:
+            raise CacheError(self.store.at(name), "is missing")
+        return self._stamps[name]
 
     def local(self, name: str) -> Path:
         """See :class:`Folder`."""

@@ -95,6 +95,22 @@ class Store:
         Raises:
             StoreError: the store refused.
         """
+        return {name: int(info["size"]) for name, info in self._listed().items()}
+
+    def stamps(self) -> dict[str, str]:
+        """Every file below the folder: name -> its size, checksum and time, as far as a listing has them.
+
+        Raises:
+            StoreError: the store refused.
+        """
+        known = ("size", "ETag", "md5Hash", "LastModified", "updated", "blob_id")
+        return {
+            name: "-".join(str(info[key]).strip('"') for key in known if info.get(key))
+            for name, info in self._listed().items()
+        }
+
+    def _listed(self) -> dict[str, dict[str, Any]]:
+        """Every file below the folder, as the store's library describes it."""
         filesystem = self._filesystem
         root = filesystem._strip_protocol(self.url).rstrip("/") + "/"
 
@@ -104,7 +120,7 @@ class Store:
 
         found: dict[str, Any] = self._tried("list", "", find, missing=dict)
         return {
-            name.removeprefix(root): int(info["size"])
+            name.removeprefix(root): info
             for name, info in sorted(found.items())
             if info.get("type") == "file" and name.startswith(root)
         }

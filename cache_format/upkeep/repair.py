@@ -24,7 +24,7 @@ from cache_format.storage.lease import leased
 from cache_format.storage.lock import writing
 from cache_format.storage.paths import inside, is_plain
 from cache_format.storage.store import Store, is_url
-from cache_format.upkeep.verify import Problem
+from cache_format.upkeep.problem import Problem
 from cache_format.writing.seal import seal
 from cache_format.writing.upload import Upload
 

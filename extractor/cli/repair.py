@@ -34,7 +34,7 @@ def repair(
 
     with or_could_not_run():
         with Reporter("verify", None, "bytes") as reporter:
-            report = run_verify(cache, progress=reporter.update)
+            report = run_verify(cache, progress=lambda done, total: reporter.update(done))
         plan = plan_repair(cache, report.problems)
     if as_json:
         show(json.dumps({**asdict(report), "plan": asdict(plan), "dry_run": dry_run}))

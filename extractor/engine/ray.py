@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
-import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +22,7 @@ from cache_format.errors import CacheError, InputError, MismatchError
 from cache_format.layout.manifest import Manifest
 from cache_format.writing.upload import scratch_folder
 from extractor.config import ExtractOptions
+from extractor.engine.ray_cluster import RayOptions, connected, environment, import_ray, require_reachable, room
 from extractor.engine.ray_worker import ShardWorker, remove_free_scratch
 from extractor.engine.shard_queue import ShardQueue, WorkerError
 from extractor.job.destination import Destination
@@ -53,28 +51,6 @@ _WAIT_SECONDS, _SAY_EVERY_SECONDS = 0.5, 60.0
 FINAL_ERRORS = (InputError, MismatchError, CacheError, NonFiniteError, DeviceMemoryError)
 """Another worker would say the same; anything else is tried again elsewhere."""
 
-_PASSED_ON = (
-    *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE"),
-    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
-)
-"""Environment variables that the actors get from the driver: which store, but no credentials, which nodes have."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RayOptions:
-    """Which cluster, and how much of it."""
-
-    address: str | None = None
-    """``auto`` or host:port of a running cluster; None: what RAY_ADDRESS says, or one of this machine alone"""
-    num_workers: int | None = None
-    """actors; None: as many as the cluster has room for at the start (without GPUs: one a node)"""
-    gpus_per_worker: int | None = None
-    """None: 1, or 0 with --device cpu"""
-
-    def __post_init__(self) -> None:
-        if self.address is not None and self.address.startswith("ray://"):
-            raise InputError("--address ray://...: run the command on a node of the cluster, with --address auto")
-
 
 def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractReport:
     """:func:`extractor.job.job.extract` by the actors of a Ray cluster.
@@ -84,8 +60,8 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
         WorkerError: a shard, or the job, has cost too many workers. Finished shards are kept.
         DFlashCacheError: as there, of the first actor that failed.
     """
-    ray = _import_ray()
-    _require_reachable(cluster.address)
+    ray = import_ray()
+    require_reachable(cluster.address)
     if options.target.tp_plan:
         raise InputError("--tp-plan divides a target over the processes of torchrun; leave it out with --engine ray")
     if options.profile is not None:
@@ -126,9 +102,9 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
             say("the first worker prepares the samples")
         if todo != 0:
             own_scratch = options.url is None or options.out != scratch_folder(options.url)
-            arguments = (replace(options, target=target), name, os.getcwd(), _environment(), own_scratch)
-            with _connected(ray, cluster):
-                count = cluster.num_workers or _room(ray, gpus)
+            arguments = (replace(options, target=target), name, os.getcwd(), environment(), own_scratch)
+            with connected(ray, cluster):
+                count = cluster.num_workers or room(ray, gpus)
                 kind = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_concurrency=SHARDS_IN_HAND)
                 fleet = _Fleet(ray, lambda: kind(ShardWorker).remote(*arguments), count, gpus, destination)
 
@@ -300,60 +276,6 @@ class _Fleet:
 
     def _total(self, seconds: float) -> RunStats:
         return replace(added([*self._gone, *(seat.stats for seat in self._seats)]), seconds=seconds)
-
-
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise InputError("--engine ray needs Ray: pip install 'dflash-cache[ray]'") from None
-    return ray
-
-
-def _require_reachable(address: str | None) -> None:
-    """Ray itself tries for minutes, and then ends the process.
-
-    Raises:
-        InputError: nobody answers at host:port.
-    """
-    host, colon, port = (address or "").rpartition(":")
-    if not colon:
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, ValueError) as error:
-        raise InputError(f"--address {address}: no Ray cluster to be reached there ({error})") from None
-
-
-def _environment() -> dict[str, str]:
-    return {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-
-
-@contextmanager
-def _connected(ray: Any, cluster: RayOptions) -> Iterator[None]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        # Without an address Ray would join whatever cluster was last started on this machine.
-        address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-        ray.init(address=address, log_to_driver=False, logging_level="error", configure_logging=True)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"--address {cluster.address}: no Ray cluster to be reached there ({error})") from None
-    # Ray puts handlers of its own in place.
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    # Ray prints what it hears of dead nodes, the last of it as it shuts down; stdout is for the report.
-    with redirect_stdout(sys.stderr):
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-def _room(ray: Any, gpus: int) -> int:
-    """Actors that the cluster has room for as it is now; at least one, whose node may yet come."""
-    if gpus:
-        return max(1, int(ray.cluster_resources().get("GPU", 0)) // gpus)
-    return max(1, sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes()))
 
 
 def _sealed(destination: Destination) -> Manifest:

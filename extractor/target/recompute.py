@@ -14,7 +14,7 @@ from cache_format.errors import InputError
 from cache_format.layout.manifest import Manifest, require_same_identity
 from cache_format.layout.shard_layout import shard_name
 from cache_format.reading.feature_cache import FeatureCache
-from cache_format.upkeep.verify import Problem
+from cache_format.upkeep.problem import Problem
 from extractor.target.backend import TargetBackend
 from extractor.target.load_backend import load_backend_of
 from extractor.target.load_target import load_config, resolve_device

@@ -57,6 +57,26 @@ def test_a_flipped_bit_is_found_and_mended(cli, there, s3, made, arguments):
     assert cli("verify", there)[0] == 0
 
 
+def test_a_part_is_verified_and_gone_on_with(cli, there, s3, made, tmp_path, monkeypatch):
+    """What was found right counts while the store says that it is the same object."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flipped = bytearray((made / shard_name(1)).read_bytes())
+    flipped[len(flipped) // 2] ^= 4
+    put(s3, there, shard_name(1), bytes(flipped))
+    code, out, _ = cli("verify", there, "--shards", "2-4", "--json")
+    assert (code, json.loads(out)["checked"]) == (0, "2-4")
+    code, out, _ = cli("verify", there, "--resume", "--json")
+    assert (code, {problem["shard"] for problem in json.loads(out)["problems"]}) == (1, {1})
+    put(s3, there, shard_name(1), (made / shard_name(1)).read_bytes())
+    flipped = bytearray((made / shard_name(3)).read_bytes())
+    flipped[len(flipped) // 2] ^= 4
+    put(s3, there, shard_name(3), bytes(flipped))
+    code, out, _ = cli("verify", there, "--resume", "--json")
+    found = json.loads(out)
+    assert (code, {problem["shard"] for problem in found["problems"]}) == (1, {3}), "another object of that name"
+    assert found["resumed"] == found["of_shards"] - 2
+
+
 @pytest.mark.parametrize("name", ["index.arrow", "samples/samples-00000.arrow", MANIFEST_NAME, "target/config.json"])
 def test_other_damage_is_mended(name, cli, there, s3, made, arguments):
     data = bytearray((made / name).read_bytes())
