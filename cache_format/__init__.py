@@ -11,11 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cache_format.batch import DFlashTargetBatch
-    from cache_format.errors import CacheError, DFlashCacheError, InputError, MismatchError, StorageError
+    from cache_format.errors import (
+        CacheError,
+        DFlashCacheError,
+        InputError,
+        MismatchError,
+        StorageError,
+        WriterStoppedError,
+    )
     from cache_format.layout.index import Index
     from cache_format.layout.manifest import Manifest
     from cache_format.reading.collate import collate
     from cache_format.reading.feature_cache import FeatureCache
+    from cache_format.reading.follow import FollowedCache
     from cache_format.reading.loader import CacheLoader
 
 __version__ = "0.2.0"
@@ -26,20 +34,23 @@ __all__ = [
     "DFlashCacheError",
     "DFlashTargetBatch",
     "FeatureCache",
+    "FollowedCache",
     "Index",
     "InputError",
     "Manifest",
     "MismatchError",
     "StorageError",
+    "WriterStoppedError",
     "collate",
 ]
 
-_ERRORS = ("CacheError", "DFlashCacheError", "InputError", "MismatchError", "StorageError")
+_ERRORS = ("CacheError", "DFlashCacheError", "InputError", "MismatchError", "StorageError", "WriterStoppedError")
 _HOMES = {
     **dict.fromkeys(_ERRORS, "cache_format.errors"),
     "DFlashTargetBatch": "cache_format.batch",
     "collate": "cache_format.reading.collate",
     "FeatureCache": "cache_format.reading.feature_cache",
+    "FollowedCache": "cache_format.reading.follow",
     "Manifest": "cache_format.layout.manifest",
     "Index": "cache_format.layout.index",
     "CacheLoader": "cache_format.reading.loader",

@@ -16,6 +16,10 @@ class InputError(DFlashCacheError):
     """An option, dataset or target that cannot be used as given; nothing was written."""
 
 
+class NothingLeftError(InputError):
+    """The options of a loader leave too few samples to read."""
+
+
 class CacheError(DFlashCacheError):
     """A file of a cache is missing, damaged, hostile or not what the manifest says.
 
@@ -29,6 +33,10 @@ class CacheError(DFlashCacheError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.problem)
+
+
+class WriterStoppedError(CacheError):
+    """A reader waits for a shard, and nobody writes the cache any more. Go on once it is written again."""
 
 
 class MismatchError(DFlashCacheError):

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from cache_format.errors import InputError
 from cache_format.layout.captures import Captures
+from cache_format.layout.follow_files import KeptWindow
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Codec = Literal["raw", "zbits", "fp8"]
@@ -274,12 +275,16 @@ class ExtractOptions:
     """refuse to go on with a cache that was begun with other hardware or software"""
     append_to: Path | None = None
     """a finished cache: ``out`` is made as it was, from other data"""
+    keep: KeptWindow | None = None
+    """only some shards at a time, as readers go on; None: all"""
     profile: Path | None = None
     """where to write a Chrome trace of the run"""
 
     def __post_init__(self) -> None:
         _require_choice("--codec", self.codec, Codec)
         _require_choice("--on-nonfinite", self.on_nonfinite, OnNonfinite)
+        if self.keep is not None and self.url is not None:
+            raise InputError("--keep is for an --out that is a folder; readers tell there how far they are")
         if self.target.tp_plan and self.plan.batch_tokens is None:
             raise InputError("--batch-tokens auto cannot be tried out with --tp-plan; give a number, such as 8192")
         if self.target.backend == "vllm":

@@ -6,7 +6,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ from cache_format.layout.embeddings import EMBEDDINGS_NAME, load_input_embedding
 from cache_format.layout.index import Index
 from cache_format.layout.manifest import Manifest
 from cache_format.reading.batch_source import BatchSource
+from cache_format.reading.follow import FollowedCache
 from cache_format.reading.joined_caches import JoinedCaches
 from cache_format.reading.loader import CacheLoader, LoaderOptions, default_rank
 from cache_format.reading.open_cache import OpenCache, open_cache
 from cache_format.reading.view import view_of
 from cache_format.storage.folder import Folder
 from cache_format.storage.host_memory import host_memory
+from cache_format.storage.store import is_url
 
 Place = str | os.PathLike[str]
 
@@ -49,18 +51,49 @@ class FeatureCache(Dataset):
         """
         raise InputError("a FeatureCache is not constructed but opened: FeatureCache.open(path)")
 
+    @overload
     @classmethod
     def open(
         cls,
         path: Place | Sequence[Place],
         *,
+        follow: Literal[False] = False,
         weights: Sequence[float] | None = None,
         allow_incomplete: bool = False,
         expect: Mapping[str, Any] | None = None,
         verify: Literal["sample"] | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         cache_limit: int | None = None,
-    ) -> FeatureCache:
+    ) -> FeatureCache: ...
+
+    @overload
+    @classmethod
+    def open(
+        cls,
+        path: Place,
+        *,
+        follow: Literal[True],
+        keep_shards: int = 0,
+        patience: float = 60.0,
+        expect: Mapping[str, Any] | None = None,
+        verify: Literal["sample"] | None = None,
+    ) -> FollowedCache[FeatureCache]: ...
+
+    @classmethod
+    def open(
+        cls,
+        path: Place | Sequence[Place],
+        *,
+        follow: bool = False,
+        keep_shards: int = 0,
+        patience: float = 60.0,
+        weights: Sequence[float] | None = None,
+        allow_incomplete: bool = False,
+        expect: Mapping[str, Any] | None = None,
+        verify: Literal["sample"] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        cache_limit: int | None = None,
+    ) -> FeatureCache | FollowedCache[FeatureCache]:
         """Open the cache in folder ``path``, or at a URL; or several as one.
 
         The cost of one does not grow with the number of its samples; several take 36 bytes of memory a sample.
@@ -72,6 +105,11 @@ class FeatureCache(Dataset):
             path: the folder, or the URL such as ``s3://bucket/prefix``, that ``dflash-cache extract --out`` wrote. Or
                 the folder or name of a collection.json (``cache_format.layout.collection``): all its caches. Or a list
                 of these: one cache with the samples of all, one after the other.
+            follow: read it while it is extracted: gives a :class:`~cache_format.FollowedCache`, an iterable over its
+                shards as they are committed. For a folder.
+            keep_shards: with ``follow`` and ``extract --keep``: shards that stay after they were read, so that a
+                checkpoint from before them is gone on with at once (others are extracted again).
+            patience: with ``follow``: seconds to wait for a shard while nobody writes the cache.
             weights: for a list: how often a sample of each comes in an epoch of a loader, such as ``[1, 0.25, 3]``.
                 Of 0.25 it is another quarter each epoch. Default: every sample once.
             allow_incomplete: read what a cache holds whose extraction has not finished; its tables are then
@@ -103,6 +141,14 @@ class FeatureCache(Dataset):
             "cache_dir": None if cache_dir is None else os.path.abspath(cache_dir),
             "cache_limit": cache_limit,
         }
+        if follow:
+            if not isinstance(path, str | os.PathLike) or is_url(path) or options["cache_dir"] or weights:
+                raise InputError("follow=True is for one cache in a folder")
+            return FollowedCache(
+                Path(os.path.abspath(path)), options, cls._of, keep_shards=keep_shards, patience=patience
+            )
+        if keep_shards:
+            raise InputError("keep_shards= goes with follow=True")
         if isinstance(path, str | os.PathLike):
             if weights is not None:
                 raise InputError("weights= is for a list of caches")

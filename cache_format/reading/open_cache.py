@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -194,10 +194,23 @@ def open_cache(place: str | os.PathLike[str], options: Mapping[str, Any], small_
     elif manifest.totals is None:
         raise CacheError(folder.where, "holds no shards yet: its samples are still being prepared")
     else:
-        finished = finished_shards(folder.names("shards"))
-        _, index = tables_from_shards(folder, manifest.schema(), finished)
-        shards = _Shards(manifest.totals.shards)
+        return _of_shards(folder, manifest, finished_shards(folder.names("shards")), options)
     return OpenCache(folder, manifest, index, shards, options)
+
+
+def open_some(path: Path, manifest: Manifest, numbers: Iterable[int], options: Mapping[str, Any]) -> OpenCache:
+    """Only shards ``numbers`` of the cache in a folder, finished or not; reads their heads and loss masks.
+
+    Raises:
+        CacheError: one is missing or damaged.
+    """
+    return _of_shards(LocalFolder(path), manifest, numbers, options)
+
+
+def _of_shards(folder: Folder, manifest: Manifest, numbers: Iterable[int], options: Mapping[str, Any]) -> OpenCache:
+    assert manifest.totals is not None
+    _, index = tables_from_shards(folder, manifest.schema(), numbers)
+    return OpenCache(folder, manifest, index, _Shards(manifest.totals.shards), options)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cache_format.errors import InputError
+from cache_format.errors import NothingLeftError
 
 SHUFFLES = ("full", "window")
 
@@ -181,16 +181,16 @@ def require_rows(batches: Batches, world_size: int, drop_last: bool) -> None:
     """Every rank needs something to do.
 
     Raises:
-        InputError: fewer rows than ranks, or ``drop_last`` leaves out all there is.
+        NothingLeftError: fewer rows than ranks, or ``drop_last`` leaves out all there is.
     """
     rows = _rows_in(batches, 0)
     if rows < world_size:
-        raise InputError(
+        raise NothingLeftError(
             f"{rows:,} samples or packed rows cannot be divided over {world_size} ranks; "
             "use fewer ranks, a wider filter, or a larger cache"
         )
     if not num_steps(batches, 0, world_size, drop_last):
-        raise InputError(
+        raise NothingLeftError(
             f"{len(batches):,} whole batches do not make one step of {world_size} ranks, and drop_last=True leaves out "
             "the rest; use smaller batches, fewer ranks, or drop_last=False"
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cache_format.errors import InputError
+from cache_format.errors import InputError, NothingLeftError
 from cache_format.layout.index import Index
 from cache_format.reading.batch_source import BatchSource
 
@@ -34,7 +34,8 @@ def select(
     """The samples that the options of a loader leave, see ``FeatureCache.loader``.
 
     Raises:
-        InputError: they leave none, or an option cannot be.
+        NothingLeftError: they leave none.
+        InputError: an option cannot be.
         CacheError: the prepared samples are missing or damaged (asked only where samples are cut or trimmed).
     """
     total = len(source)
@@ -50,7 +51,7 @@ def select(
         keep &= _filtered(filter, replace(source.index, num_tokens=lengths, num_loss_tokens=learned), total)
     samples = np.flatnonzero(keep)
     if total and not len(samples):
-        raise InputError(f"loader: {_told(filter, split, trim)} leaves none of the {total:,} samples")
+        raise NothingLeftError(f"loader: {_told(filter, split, trim)} leaves none of the {total:,} samples")
     return Selection(samples, lengths)
 
 

@@ -22,6 +22,9 @@ from cache_format.errors import CacheError, DFlashCacheError, StorageError
 
 LOCK_NAME = ".lock"
 
+_GLIMPSE_SECONDS = 0.2
+"""How long to doubt a holder: :func:`is_written` takes the lock for a moment, and the file may name a dead process."""
+
 _PAUSE_SECONDS, _UNKNOWN_SECONDS, _OWN_JOB_SECONDS = 0.05, 2.5, 60.0
 """How long to wait for a holder that has not said yet who it is, and for one of the same job to go from holding the
 lock alone to sharing it: it makes and syncs folders meanwhile, on a busy disk."""
@@ -59,6 +62,24 @@ def writing(
         _release(path, fd)
 
 
+def is_written(cache: Path) -> bool:
+    """Whether a process holds the cache's writer lock; for readers that wait for what it writes.
+
+    Raises:
+        StorageError: the operating system refused.
+    """
+    try:
+        fd = os.open(cache / LOCK_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StorageError(cache / LOCK_NAME, "open", error) from error
+    try:
+        return not _flock(fd, fcntl.LOCK_EX)
+    finally:
+        os.close(fd)
+
+
 def _acquire(path: Path, job: str | None, first: Callable[[], None]) -> int:
     since, waited_for_own = time.monotonic(), False
     while True:
@@ -76,7 +97,8 @@ def _acquire(path: Path, job: str | None, first: Callable[[], None]) -> int:
         if own != waited_for_own:
             since, waited_for_own = time.monotonic(), own
         waited = time.monotonic() - since
-        if (holder and not own and not gone) or waited > (_OWN_JOB_SECONDS if own else _UNKNOWN_SECONDS):
+        named = bool(holder) and not own and not gone and waited > _GLIMPSE_SECONDS
+        if named or waited > (_OWN_JOB_SECONDS if own else _UNKNOWN_SECONDS):
             break
         time.sleep(_PAUSE_SECONDS)
     raise LockedError(

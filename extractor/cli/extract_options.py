@@ -9,6 +9,7 @@ from cache_format.errors import InputError
 from extractor.cli.options import place
 
 if TYPE_CHECKING:
+    from cache_format.layout.follow_files import KeptWindow
     from extractor.config import DataOptions, ExtractOptions
 
 
@@ -55,6 +56,14 @@ def _takes(name: str) -> set[str]:
     if not path.exists():
         return {"split", "data_config", "data_revision"}
     return {"split"} if (path / "dataset_dict.json").exists() else set()
+
+
+def _window(keep: int | None, epochs: int | None) -> KeptWindow | None:
+    from cache_format.layout.follow_files import KeptWindow
+
+    if keep is None and epochs is not None:
+        raise InputError("--epochs is for --keep; a whole cache serves any number of epochs")
+    return None if keep is None else KeptWindow(keep=keep, epochs=epochs or 1)
 
 
 def extract_options(arguments: dict[str, Any]) -> ExtractOptions:
@@ -113,5 +122,6 @@ def extract_options(arguments: dict[str, Any]) -> ExtractOptions:
             batch_tokens=parse_batch_tokens(arguments["batch_tokens"]),
         ),
         capture=parse_captures(arguments["capture"]),
+        keep=_window(arguments.get("keep"), arguments.get("epochs")),
         **taken("on_nonfinite", "profile", "codec", "strict_hardware"),
     )

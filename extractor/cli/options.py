@@ -337,6 +337,27 @@ Codec = Annotated[
 ]
 
 
+Keep = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Keep this many shards on the disk, for a trainer that follows (FeatureCache.open(OUT, follow=True)): "
+        "shards that it has read are removed, the next are made.",
+        rich_help_panel=_SIZES,
+        show_default=False,
+    ),
+]
+Epochs = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="With --keep: how often all shards are made, one epoch after the other. Default: once.",
+        rich_help_panel=_SIZES,
+        show_default=False,
+    ),
+]
+
+
 def place(text: str) -> Path | str:
     """A folder, or a checked URL."""
     from cache_format.storage.store import is_url, parse_url

@@ -58,6 +58,8 @@ def _ran(options: ExtractOptions, worker: Worker, devices: str | None, cluster: 
 
         if devices is not None or worker.world_size > 1:
             raise InputError("--engine ray starts workers of its own; leave out --devices, torchrun and srun")
+        if options.keep is not None:
+            raise InputError("--keep is for one machine (--devices, torchrun), not for --engine ray")
         ray = RayOptions(
             address=cluster.address, num_workers=cluster.num_workers, gpus_per_worker=cluster.gpus_per_worker
         )

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
+
 from cache_format.codecs.dtypes import torch_dtype
 from cache_format.errors import CacheError, InputError
 from cache_format.layout.manifest import (
@@ -29,6 +31,7 @@ from extractor.job.append import require_same_job
 from extractor.job.destination import Destination
 from extractor.job.folder_destination import FolderDestination
 from extractor.job.identity import compare_hardware, inputs_identity, samples_identity, software, template_date
+from extractor.job.kept_window import begin_window, run_window
 from extractor.job.out_folder import refuse_out_inside_data, require_space, shards_schema
 from extractor.job.plan import Plan
 from extractor.job.report import ExtractReport, bad_row_notes, dropped_note, noted_notes, progress_note
@@ -269,15 +272,17 @@ class Job:
         plan = self.plan(manifest, samples)
         share = self.worker.share(range(len(plan)))
         absent = self.require_room(manifest, plan, share)
-        stats = RunStats()
-        if absent or manifest.state == "preparing":
+        begin_window(self.folder, self.options.keep, self.worker)
+        stats, kept = RunStats(), self.options.keep is not None
+        if absent or kept or manifest.state == "preparing":
             manifest, plan, backend = self.loaded(manifest, samples, plan)
         missing = self.destination.missing(manifest.schema(), plan, share)
         if len(missing) < len(share):
             self.say(f"{self.where}: {len(share) - len(missing):,} of {len(share):,} shards are finished")
-        if missing:
+        if missing or kept:
             stats = self._run(self.runner(manifest, plan, samples, backend), missing)
-        return stats, self.destination.seal() if self.destination.alone() else Manifest.read(self.folder)
+        seals = not kept and self.destination.alone()
+        return stats, self.destination.seal() if seals else Manifest.read(self.folder)
 
     def require_room(self, manifest: Manifest, plan: Plan, share: list[int]) -> list[int]:
         """Those of the shards ``share`` that are not there yet.
@@ -286,7 +291,8 @@ class Job:
             InputError: the disk has no room for them.
         """
         absent = self.destination.absent(share)
-        needed = self.destination.room(plan.shard_bytes(shards_schema(manifest))[absent])
+        sizes, keep = plan.shard_bytes(shards_schema(manifest)), self.options.keep
+        needed = self.destination.room(sizes[absent] if keep is None else np.sort(sizes[absent])[-keep.keep :])
         if manifest.state == "preparing":
             needed += self.shape.embedding_bytes(torch_dtype(self.dtype))
         require_space(self.folder, needed)
@@ -465,12 +471,18 @@ class Job:
         if self.on_todo is not None:
             self.on_todo(todo)
         before = time.monotonic() - self.started
+        window = self.options.keep
+
+        def run(report: Callable[[RunStats], None]) -> RunStats:
+            if window is None:
+                return runner.run(missing, self.watched(report))
+            return run_window(runner, window, self.worker, self.watched(report), self.say)
+
         if self.on_stats is not None:
-            stats = runner.run(missing, self.watched(self.on_stats))
+            stats = run(self.on_stats)
         else:
-            with Reporter("extract", todo, "tokens") as reporter:
-                report = self.watched(lambda stats: reporter.update(stats.tokens, progress_note(stats)))
-                stats = runner.run(missing, report)
+            with Reporter("extract", None if window else todo, "tokens") as reporter:
+                stats = run(lambda stats: reporter.update(stats.tokens, progress_note(stats)))
         stats.seconds_to_first_batch = before
         if self.options.profile is not None and self.worker.leads:
             self.timeline.write(self.options.profile)
