@@ -27,6 +27,7 @@ from extractor.cli.inspect import inspect
 from extractor.cli.preview import preview
 from extractor.cli.recode import recode
 from extractor.cli.repair import repair
+from extractor.cli.report import report
 from extractor.cli.show import show
 from extractor.cli.verify import verify
 from extractor.terminal.progress import say
@@ -64,7 +65,7 @@ def _options(
     pass
 
 
-for command in (preview, estimate, extract, append, inspect, show, verify, repair, export, recode):
+for command in (preview, estimate, extract, append, inspect, show, report, verify, repair, export, recode):
     app.command()(command)
 
 

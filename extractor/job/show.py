@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,15 +124,23 @@ def layer_norms(sample: DFlashTargetBatch, layer_ids: list[int]) -> list[LayerNo
 
 
 def _text(cache: FeatureCache, ids: np.ndarray, mask: np.ndarray, start: int, stop: int) -> tuple[list[Stretch], str]:
-    """With the tokenizer in the cache itself; what it holds is checked, and no code comes with it."""
     try:
-        for name, info in cache.manifest.files.items():
-            if name.startswith("target/") and not name.endswith(".safetensors"):
-                cache.folder.checked(name, info)
-        tokenizer = load_tokenizer(str(cache.path / "target"), None, False)
+        tokenizer = stored_tokenizer(cache)
     except DFlashCacheError as error:
         return [], str(error)
     return stretches(tokenizer, ids, mask, start, stop), ""
+
+
+def stored_tokenizer(cache: FeatureCache) -> Any:
+    """The tokenizer in the cache itself; what it holds is checked, and no code comes with it.
+
+    Raises:
+        DFlashCacheError: it cannot be loaded.
+    """
+    for name, info in cache.manifest.files.items():
+        if name.startswith("target/") and not name.endswith(".safetensors"):
+            cache.folder.checked(name, info)
+    return load_tokenizer(str(cache.path / "target"), None, False)
 
 
 def _source(folder: Folder, manifest: Manifest, sample_id: int) -> str:
@@ -144,14 +153,14 @@ def _source(folder: Folder, manifest: Manifest, sample_id: int) -> str:
             batch, _ = read_part(folder.checked(name, manifest.files.get(name)))
             if sample_id < first + batch.num_rows:
                 row = batch.column("source_row")[sample_id - first].as_py()
-                return _place(manifest.data, row)
+                return place(manifest.data, row)
             first += batch.num_rows
     except CacheError:
         return ""
     return ""
 
 
-def _place(data: DataInfo, row: int) -> str:
+def place(data: DataInfo, row: int) -> str:
     """``train.jsonl row 17``, for row 16 of a dataset of that file alone."""
     files = [(first, file) for source in data.sources for file, first in source.files.items() if first <= row]
     first, file = max(files, default=(0, data.name))

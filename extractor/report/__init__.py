@@ -1,0 +1,1 @@
+"""report: what a person looks at before trusting a cache to a training run."""
