@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from cache_format import FeatureCache
 from cache_format.layout.samples import PreparedSamples
 from extractor.cli.extract import extract
+from extractor.cli.option_groups import spread
 from extractor.cli.preview import preview
 from extractor.data.stretches import stretches
 from extractor.job.show import LayerNorms, Shown, describe
@@ -156,9 +157,9 @@ def test_preview_takes_the_options_of_extract_that_decide_samples() -> None:
         "experts_implementation",
         *("tp_plan", "attn_implementation", "compile", "deterministic", "on_nonfinite", "codec", "shard_size"),
         *("batch_tokens", "profile", "engine", "address", "num_workers", "gpus_per_worker", "adapter"),
-        *("strict_hardware", "backend", "tensor_parallel", "pipeline_parallel", "expert_parallel"),
+        *("keep", "epochs", "strict_hardware", "backend", "tensor_parallel", "pipeline_parallel", "expert_parallel"),
     }
-    asked, looked_at = inspect.signature(extract).parameters, inspect.signature(preview).parameters
+    asked, looked_at = (inspect.signature(spread(command)).parameters for command in (extract, preview))
     assert set(asked) - of_states == set(looked_at) - {"rows", "row"}
     for name in set(asked) & set(looked_at):
         assert asked[name].default == looked_at[name].default

@@ -24,6 +24,7 @@ from extractor.cli.exit_codes import EXIT_COULD_NOT_START, EXIT_FAILED
 from extractor.cli.export import export
 from extractor.cli.extract import extract
 from extractor.cli.inspect import inspect
+from extractor.cli.option_groups import spread
 from extractor.cli.preview import preview
 from extractor.cli.recode import recode
 from extractor.cli.repair import repair
@@ -66,7 +67,7 @@ def _options(
 
 
 for command in (preview, estimate, extract, append, inspect, show, report, verify, repair, export, recode):
-    app.command()(command)
+    app.command()(spread(command))
 
 
 def main() -> None:

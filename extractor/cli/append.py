@@ -7,28 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from extractor.cli.extract_options import data_sources
+from extractor.cli.option_groups import DataGroup, TokenizerGroup, flat
 from extractor.cli.options import (
     Adapter,
-    ChatTemplate,
-    Columns,
-    Data,
-    DataConfig,
-    DataRevision,
     Debug,
     Device,
     DeviceMap,
     Devices,
     Experts,
     Json,
-    Limit,
-    OnBadRow,
-    Revision,
-    RowFormat,
-    Split,
-    Streaming,
     StrictHardware,
     TpPlan,
-    TrustRemoteCode,
     folder,
 )
 from extractor.terminal.progress import say
@@ -39,7 +28,8 @@ def append(
         Any,
         typer.Argument(help="Folder of the finished cache, or of the collection that it is in.", parser=folder),
     ],
-    data: Data,
+    tokenizer: TokenizerGroup,
+    data: DataGroup,
     out: Annotated[
         Any,
         typer.Option(
@@ -58,17 +48,6 @@ def append(
     tp_plan: TpPlan = None,
     experts_implementation: Experts = None,
     adapter: Adapter = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    chat_template: ChatTemplate = None,
-    split: Split = None,
-    data_config: DataConfig = None,
-    data_revision: DataRevision = None,
-    streaming: Streaming = False,
-    limit: Limit = None,
-    on_bad_row: OnBadRow = "fail",
-    row_format: RowFormat = None,
-    columns: Columns = None,
     strict_hardware: StrictHardware = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -80,13 +59,13 @@ def append(
 
     Example: dflash-cache append /data/chat --data new.jsonl --out /data/chat-2
     """
+    given = flat(locals())
     from cache_format.layout.manifest import Manifest
     from extractor.cli.run_job import Cluster, run_job
     from extractor.config import PrepareOptions, TargetOptions, parse_columns
     from extractor.job.append import add_to_collection, first_cache, options_like, require_place_in_collection
     from extractor.job.report import ExtractReport
 
-    given = dict(locals())
     first = first_cache(cache)
     require_place_in_collection(first, out)
     stored = Manifest.read(first)
@@ -98,7 +77,10 @@ def append(
         stored,
         target=TargetOptions(name=target or stored.target.name, **{name: given[name] for name in where}),
         prepare=PrepareOptions(
-            columns=parse_columns(columns), row_format=row_format, limit=limit, on_bad_row=on_bad_row
+            columns=parse_columns(data.columns),
+            row_format=data.row_format,
+            limit=data.limit,
+            on_bad_row=data.on_bad_row,
         ),
         out=out,
         data=data_sources(given),

@@ -8,27 +8,17 @@ from typing import Annotated
 import typer
 
 from extractor.cli.extract_options import extract_options
+from extractor.cli.option_groups import DataGroup, SamplesGroup, StatesGroup, TokenizerGroup, flat
 from extractor.cli.options import (
     Adapter,
     Address,
     Attention,
     Backend,
-    BatchTokens,
-    Capture,
-    ChatTemplate,
-    ChatTemplateKwargs,
-    Codec,
-    Columns,
     Compile,
-    Data,
-    DataConfig,
-    DataRevision,
     Debug,
     Deterministic,
-    Device,
     DeviceMap,
     Devices,
-    Dtype,
     Engine,
     Epochs,
     ExpertParallel,
@@ -36,37 +26,23 @@ from extractor.cli.options import (
     GpusPerWorker,
     Json,
     Keep,
-    Limit,
-    LossOn,
-    MaxLength,
-    MinLossTokens,
-    NumDraftLayers,
     NumWorkers,
-    OnBadRow,
     OnNonfinite,
     PipelineParallel,
-    Revision,
-    RowFormat,
     Scratch,
-    ShardSize,
-    Split,
-    Streaming,
     StrictHardware,
-    SystemPrompt,
     Target,
-    TargetLayers,
-    TemplateDate,
     TensorParallel,
-    TooLong,
     TpPlan,
-    TrustRemoteCode,
-    Turns,
 )
 
 
 def extract(
     target: Target,
-    data: Data,
+    tokenizer: TokenizerGroup,
+    data: DataGroup,
+    samples: SamplesGroup,
+    states: StatesGroup,
     out: Annotated[
         str,
         typer.Option(
@@ -76,11 +52,6 @@ def extract(
         ),
     ],
     scratch: Scratch = None,
-    target_layers: TargetLayers = None,
-    num_draft_layers: NumDraftLayers = 5,
-    capture: Capture = [],  # noqa: B006
-    dtype: Dtype = "auto",
-    device: Device = "auto",
     devices: Devices = None,
     device_map: DeviceMap = None,
     tp_plan: TpPlan = None,
@@ -94,29 +65,7 @@ def extract(
     deterministic: Deterministic = False,
     strict_hardware: StrictHardware = False,
     adapter: Adapter = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    split: Split = None,
-    data_config: DataConfig = None,
-    data_revision: DataRevision = None,
-    streaming: Streaming = False,
-    limit: Limit = None,
-    on_bad_row: OnBadRow = "fail",
-    row_format: RowFormat = None,
-    columns: Columns = None,
-    loss_on: LossOn = None,
-    turns: Turns = "all",
-    chat_template: ChatTemplate = None,
-    chat_template_kwargs: ChatTemplateKwargs = None,
-    system_prompt: SystemPrompt = None,
-    template_date: TemplateDate = None,
-    max_length: MaxLength = 4096,
-    too_long: TooLong = "truncate",
-    min_loss_tokens: MinLossTokens = 1,
     on_nonfinite: OnNonfinite = "fail",
-    codec: Codec = "raw",
-    shard_size: ShardSize = "512MiB",
-    batch_tokens: BatchTokens = "8192",
     keep: Keep = None,
     epochs: Epochs = None,
     profile: Annotated[
@@ -134,7 +83,8 @@ def extract(
 
     Example: dflash-cache extract --target Qwen/Qwen3-8B --data train.jsonl --out /data/cache
     """
+    given = locals()
     from extractor.cli.run_job import Cluster, run_job
 
     cluster = Cluster(engine=engine, address=address, num_workers=num_workers, gpus_per_worker=gpus_per_worker)
-    run_job(extract_options(locals()), devices=devices, cluster=cluster, as_json=as_json)
+    run_job(extract_options(flat(given)), devices=devices, cluster=cluster, as_json=as_json)

@@ -10,8 +10,9 @@ import typer
 from cache_format.errors import InputError
 from extractor import config
 
-_TARGET, _DATA, _SAMPLES, _SIZES = "The target", "The data", "Samples and loss mask", "Shards and batches"
-_CLUSTER = "A cluster"
+PANELS = ("Target", "Data", "Samples and loss mask", "States", "Speed", "Job")
+"""Of the help, in the order in which one thinks of them."""
+_TARGET, _DATA, _SAMPLES, _STATES, _SPEED, _JOB = PANELS
 
 Target = Annotated[
     str, typer.Option(help="Hub id or local folder of the target LLM.", rich_help_panel=_TARGET, show_default=False)
@@ -32,28 +33,28 @@ TargetLayers = Annotated[
     typer.Option(
         help="Decoder layers to capture, such as 1,9,17,25,33; layer i's output is hidden_states\\[i + 1] of "
         "transformers. Default: the layers DFlash publishes for --num-draft-layers.",
-        rich_help_panel=_TARGET,
+        rich_help_panel=_STATES,
         show_default=False,
     ),
 ]
 NumDraftLayers = Annotated[
     int,
-    typer.Option(min=1, help="Layers of the draft; one target layer is captured for each.", rich_help_panel=_TARGET),
+    typer.Option(min=1, help="Layers of the draft; one target layer is captured for each.", rich_help_panel=_STATES),
 ]
 Dtype = Annotated[
     config.Dtype,
     typer.Option(
         help="float32, bfloat16 or float16, of the weights and of the stored states; auto: bfloat16 on CUDA, float32 "
         "on the CPU.",
-        rich_help_panel=_TARGET,
+        rich_help_panel=_STATES,
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_TARGET)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_SPEED)]
 Attention = Annotated[
     str | None,
     typer.Option(
         help="Attention kernel of transformers, such as sdpa or flash_attention_2. Default: what it picks.",
-        rich_help_panel=_TARGET,
+        rich_help_panel=_SPEED,
         show_default=False,
     ),
 ]
@@ -62,7 +63,7 @@ Experts = Annotated[
     typer.Option(
         help="How transformers computes the experts of a mixture: eager, batched_mm or grouped_mm. Default: what it "
         "picks.",
-        rich_help_panel=_TARGET,
+        rich_help_panel=_SPEED,
         show_default=False,
     ),
 ]
@@ -83,7 +84,7 @@ StrictHardware = Annotated[
         "--strict-hardware",
         help="Refuse to go on with a cache that was begun with other hardware or software, instead of a warning: "
         "states are the same to the byte on the same kind of processor, device and packages only.",
-        rich_help_panel=_TARGET,
+        rich_help_panel=_JOB,
     ),
 ]
 TrustRemoteCode = Annotated[
@@ -201,17 +202,17 @@ Capture = Annotated[
     typer.Option(
         help="Beside hidden_states: last_hidden_states (what the LM head takes; DSpark) or logits-topk=K (the K "
         "largest logits and the log-sum-exp; JetSpec). May be given twice. The whole target is then run.",
-        rich_help_panel=_TARGET,
+        rich_help_panel=_STATES,
         show_default=False,
     ),
 ]
-ShardSize = Annotated[str, typer.Option(help="Largest shard file, counted before the codec.", rich_help_panel=_SIZES)]
+ShardSize = Annotated[str, typer.Option(help="Largest shard file, counted before the codec.", rich_help_panel=_STATES)]
 BatchTokens = Annotated[
     str,
     typer.Option(
         help="Tokens of one forward pass, padding included: memory against speed. auto: the most that fit the device, "
         "found by trying once and kept for the whole cache.",
-        rich_help_panel=_SIZES,
+        rich_help_panel=_SPEED,
     ),
 ]
 Devices = Annotated[
@@ -219,7 +220,7 @@ Devices = Annotated[
     typer.Option(
         help="Several devices of this machine, a worker process each: all, or a list such as cuda:0,cuda:1 or cpu,cpu. "
         "The same bytes as with one.",
-        rich_help_panel=_TARGET,
+        rich_help_panel=_SPEED,
         show_default=False,
     ),
 ]
@@ -228,7 +229,7 @@ Engine = Annotated[
     typer.Option(
         help="local: this process, --devices, torchrun or srun. ray: actors of a Ray cluster whose nodes all see the "
         "data, the target and an --out that is a folder under the same paths (pip install 'dflash-cache\\[ray]').",
-        rich_help_panel=_CLUSTER,
+        rich_help_panel=_SPEED,
     ),
 ]
 Address = Annotated[
@@ -236,7 +237,7 @@ Address = Annotated[
     typer.Option(
         help="With --engine ray: auto (the cluster that this node is of) or host:port. Default: RAY_ADDRESS, or a "
         "cluster of this machine alone.",
-        rich_help_panel=_CLUSTER,
+        rich_help_panel=_SPEED,
         show_default=False,
     ),
 ]
@@ -246,7 +247,7 @@ NumWorkers = Annotated[
         min=1,
         help="With --engine ray: actors, each with the target. More than there is room for make an autoscaling cluster "
         "grow. Default: what it has room for at the start; without GPUs, one a node.",
-        rich_help_panel=_CLUSTER,
+        rich_help_panel=_SPEED,
         show_default=False,
     ),
 ]
@@ -256,7 +257,7 @@ GpusPerWorker = Annotated[
         min=0,
         help="With --engine ray: GPUs of each actor; more than one needs --device-map auto, or --backend vllm with as "
         "many devices. Default: 1, or 0 with --device cpu.",
-        rich_help_panel=_CLUSTER,
+        rich_help_panel=_SPEED,
         show_default=False,
     ),
 ]
@@ -265,7 +266,7 @@ DeviceMap = Annotated[
     typer.Option(
         help="auto: divide a target that is too large for one device over all of them, layer by layer (needs the "
         "package accelerate).",
-        rich_help_panel=_TARGET,
+        rich_help_panel=_SPEED,
         show_default=False,
     ),
 ]
@@ -274,7 +275,7 @@ TpPlan = Annotated[
     typer.Option(
         help="auto: divide each layer of a target that is too large for one device over all processes of torchrun "
         "(tensor parallelism); the states round differently.",
-        rich_help_panel=_TARGET,
+        rich_help_panel=_SPEED,
         show_default=False,
     ),
 ]
@@ -284,23 +285,23 @@ Backend = Annotated[
         help="Who computes the states. vllm: for targets that only a serving engine can hold (quantised, hundreds of "
         "billions of parameters, several nodes); pip install 'dflash-cache\\[vllm]'. A cache begun with one is not "
         "resumed with the other.",
-        rich_help_panel=_TARGET,
+        rich_help_panel=_SPEED,
     ),
 ]
 TensorParallel = Annotated[
     int,
-    typer.Option(min=1, help="With --backend vllm: devices that each layer is divided over.", rich_help_panel=_TARGET),
+    typer.Option(min=1, help="With --backend vllm: devices that each layer is divided over.", rich_help_panel=_SPEED),
 ]
 PipelineParallel = Annotated[
     int,
-    typer.Option(min=1, help="With --backend vllm: stages that the layers are divided into.", rich_help_panel=_TARGET),
+    typer.Option(min=1, help="With --backend vllm: stages that the layers are divided into.", rich_help_panel=_SPEED),
 ]
 ExpertParallel = Annotated[
     bool,
     typer.Option(
         "--expert-parallel",
         help="With --backend vllm: whole experts on each device of --tensor-parallel, instead of a part of each.",
-        rich_help_panel=_TARGET,
+        rich_help_panel=_SPEED,
     ),
 ]
 Compile = Annotated[
@@ -308,7 +309,7 @@ Compile = Annotated[
     typer.Option(
         "--compile",
         help="torch.compile the decoder layers. Pays on long jobs; the states round differently.",
-        rich_help_panel=_TARGET,
+        rich_help_panel=_SPEED,
     ),
 ]
 Deterministic = Annotated[
@@ -316,7 +317,7 @@ Deterministic = Annotated[
     typer.Option(
         "--deterministic",
         help="Only kernels that give the same bits every time; an operation without one is an error.",
-        rich_help_panel=_TARGET,
+        rich_help_panel=_SPEED,
     ),
 ]
 OnNonfinite = Annotated[
@@ -324,7 +325,7 @@ OnNonfinite = Annotated[
     typer.Option(
         help="Where the target gives NaN or Inf: fail, naming sample and layer, or quarantine: leave the sample out "
         "and list it.",
-        rich_help_panel=_SAMPLES,
+        rich_help_panel=_STATES,
     ),
 ]
 Codec = Annotated[
@@ -332,7 +333,7 @@ Codec = Annotated[
     typer.Option(
         help="How hidden states are stored. raw: as they are, read without a copy. zbits: lossless, about 0.67 of "
         "bfloat16. fp8: float8 with a scale for each token and layer, 0.50 of bfloat16, SNR about 34 dB.",
-        rich_help_panel=_SIZES,
+        rich_help_panel=_STATES,
     ),
 ]
 
@@ -343,7 +344,7 @@ Keep = Annotated[
         min=1,
         help="Keep this many shards on the disk, for a trainer that follows (FeatureCache.open(OUT, follow=True)): "
         "shards that it has read are removed, the next are made.",
-        rich_help_panel=_SIZES,
+        rich_help_panel=_JOB,
         show_default=False,
     ),
 ]
@@ -352,7 +353,7 @@ Epochs = Annotated[
     typer.Option(
         min=1,
         help="With --keep: how often all shards are made, one epoch after the other. Default: once.",
-        rich_help_panel=_SIZES,
+        rich_help_panel=_JOB,
         show_default=False,
     ),
 ]

@@ -10,37 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from extractor.cli.extract_options import extract_options
-from extractor.cli.options import (
-    ChatTemplate,
-    ChatTemplateKwargs,
-    Columns,
-    Data,
-    DataConfig,
-    DataRevision,
-    Debug,
-    Json,
-    Limit,
-    LossOn,
-    MaxLength,
-    MinLossTokens,
-    OnBadRow,
-    Revision,
-    RowFormat,
-    Split,
-    Streaming,
-    SystemPrompt,
-    Target,
-    TemplateDate,
-    TooLong,
-    TrustRemoteCode,
-    Turns,
-)
+from extractor.cli.option_groups import DataGroup, SamplesGroup, TokenizerGroup, flat
+from extractor.cli.options import Debug, Json, Target
 from extractor.cli.output import show as show_text
 
 
 def preview(
     target: Target,
-    data: Data,
+    tokenizer: TokenizerGroup,
+    data: DataGroup,
+    samples: SamplesGroup,
     rows: Annotated[int, typer.Option("-n", min=0, help="Show the first N rows.")] = 5,
     row: Annotated[
         str | None,
@@ -50,25 +29,6 @@ def preview(
             show_default=False,
         ),
     ] = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    split: Split = None,
-    data_config: DataConfig = None,
-    data_revision: DataRevision = None,
-    streaming: Streaming = False,
-    limit: Limit = None,
-    on_bad_row: OnBadRow = "fail",
-    row_format: RowFormat = None,
-    columns: Columns = None,
-    loss_on: LossOn = None,
-    turns: Turns = "all",
-    chat_template: ChatTemplate = None,
-    chat_template_kwargs: ChatTemplateKwargs = None,
-    system_prompt: SystemPrompt = None,
-    template_date: TemplateDate = None,
-    max_length: MaxLength = 4096,
-    too_long: TooLong = "truncate",
-    min_loss_tokens: MinLossTokens = 1,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -86,7 +46,7 @@ def preview(
         "shard_size": "512MiB",
         "batch_tokens": "1",
     }
-    options = extract_options({**locals(), **not_asked})
+    options = extract_options({**flat(locals()), **not_asked})
     from extractor.job.preview import Preview, counts_to_dict, describe_counts, describe_row, row_to_dict
     from extractor.terminal.learned_text import wants_colour
 
