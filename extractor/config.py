@@ -18,7 +18,7 @@ from cache_format.layout.captures import Captures
 from cache_format.layout.follow_files import KeptWindow
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Codec = Literal["raw", "zbits", "fp8"]
+Codec = Literal["raw", "zbits", "fp8", "quant"]
 RowFormat = Literal["messages", "conversations", "prompt-response", "preference", "input_ids", "text"]
 LossOn = Literal["assistant", "all", "column"]
 Turns = Literal["all", "last", "each"]
@@ -281,10 +281,12 @@ class ExtractOptions:
     """where to write a Chrome trace of the run"""
 
     def __post_init__(self) -> None:
-        _require_choice("--codec", self.codec, Codec)
+        require_codec(self.codec)
         _require_choice("--on-nonfinite", self.on_nonfinite, OnNonfinite)
         if self.keep is not None and self.url is not None:
             raise InputError("--keep is for an --out that is a folder; readers tell there how far they are")
+        if self.target.tp_plan and self.codec.startswith("quant"):
+            raise InputError("--codec quant is not found out with --tp-plan: extract with zbits, then recode")
         if self.target.tp_plan and self.plan.batch_tokens is None:
             raise InputError("--batch-tokens auto cannot be tried out with --tp-plan; give a number, such as 8192")
         if self.target.backend == "vllm":
@@ -297,6 +299,21 @@ class ExtractOptions:
                 )
         if self.profile is not None and not self.profile.absolute().parent.is_dir():
             raise InputError(f"--profile {self.profile}: no such folder")
+
+
+def require_codec(text: str) -> None:
+    """``--codec``: a name, or ``quant:fine``, or an SNR such as ``quant:34dB``.
+
+    Raises:
+        InputError: something else.
+    """
+    quality = re.fullmatch(r"quant:(?:fine|(\d{1,3}(?:\.\d{1,3})?)(?:dB)?)", text, re.IGNORECASE)
+    if quality is None:
+        if text.startswith("quant:"):
+            raise InputError(f"--codec {text}: write quant, quant:fine, or an SNR of 10 to 60 dB such as quant:34dB")
+        _require_choice("--codec", text, Codec)
+    elif quality[1] and not 10 <= float(quality[1]) <= 60:
+        raise InputError(f"--codec {text}: an SNR is 10 to 60 dB")
 
 
 def _require_choice(option: str, value: str, choices: Any) -> None:

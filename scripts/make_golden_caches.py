@@ -42,7 +42,7 @@ def states(sample_id: int, num_tokens: int, dtype: str) -> torch.Tensor:
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(exist_ok=True)
-    for codec in ("raw", "fp8", "zbits"):
+    for codec in ("raw", "fp8", "zbits", "quant"):
         for dtype in ("float32", "bfloat16"):
             cache = folder / f"{codec}-{dtype}"
             if cache.exists():

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cache_format.codecs import CalibrationShare, Codec, States, codec_named
 from cache_format.layout.captures import Captures
 from cache_format.layout.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, write_embeddings
-from cache_format.layout.manifest import DataInfo, Manifest, TargetInfo, Totals
+from cache_format.layout.manifest import DataInfo, Manifest, TargetInfo, Totals, codec_identity
 from cache_format.layout.samples import PartInfo, PreparedSamples, Sample, part_path, write_part
 from cache_format.layout.shard_layout import shard_name
 from cache_format.storage.commit import make_folder
@@ -65,7 +66,7 @@ def write_cache(
     )
     begun = Manifest(
         state="preparing",
-        identity={"name": name, "codec": {"name": codec}},
+        identity={"name": name, "codec": codec_named(codec).asked},
         target=TargetInfo(
             name=name,
             model_type="qwen3",
@@ -76,14 +77,16 @@ def write_cache(
         ),
         target_layer_ids=target_layer_ids,
         dtype=dtype,
-        codec={"name": codec},
+        codec=codec_named(codec).asked,
         capture=Captures().to_dict(),
         created_with={},
     )
     schema_bytes = begun.schema().raw.token_bytes
     plan = Plan(prepared.num_tokens, schema_bytes, PlanOptions(shard_bytes=shard_bytes))
+    calibrated = _calibrated(codec_named(codec), begun.schema().states, plan, states, quarantined)
     manifest = begun.extracting(
-        {**begun.identity, "samples": prepared.digest()},
+        {**begun.identity, **codec_identity(calibrated), "samples": prepared.digest()},
+        codec=calibrated.to_dict(),
         data=DataInfo(name="synthetic.jsonl", rows=len(samples), dropped={}),
         totals=Totals(
             parts=2,
@@ -114,6 +117,20 @@ def write_cache(
     if only_shards is None:
         seal(cache, manifest)
     return samples
+
+
+def _calibrated(
+    codec: Codec, kind: States, plan: Plan, states: Callable[[int, int], torch.Tensor], quarantined: tuple[int, ...]
+) -> Codec:
+    """With the rows that extract would take."""
+    if codec.is_calibrated:
+        return codec
+    share, rows = CalibrationShare.of(len(plan)), []
+    for number in range(min(share.shards, len(plan))):
+        ids, lengths = plan.samples_of(number)
+        kept = [states(i, n) for i, n in zip(ids.tolist(), lengths.tolist(), strict=True) if i not in quarantined]
+        rows += [torch.cat(kept)[: share.rows]] if kept else []
+    return codec.calibrated(torch.cat(rows), kind)
 
 
 def write_large_cache(cache: Path, gib: float, *, hidden: int = 4096, longest: int = 4096) -> None:

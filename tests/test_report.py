@@ -86,11 +86,13 @@ def test_figures_are_those_of_the_cache(cli, made):
         expected = np.quantile(all_norms[:, at], [0.05, 0.25, 0.5, 0.75, 0.95])
         assert layer["norms"] == pytest.approx(expected.tolist(), rel=1e-4)
         assert layer["first_norm"] == pytest.approx(float(np.median(all_firsts[:, at])), rel=1e-4)
-    raw, fp8, zbits = report["codecs"]
+    raw, fp8, zbits, quant, fine = report["codecs"]
     assert raw["total_bytes"] == raw["token_bytes"] * report["samples"]["tokens"]
     assert raw["is_used"]
     assert fp8["token_bytes"] == (64 + 4) * 3
     assert zbits["token_bytes"] < raw["token_bytes"]
+    assert (quant["codec"], fine["codec"]) == ("quant", "quant:fine")
+    assert quant["token_bytes"] < fine["token_bytes"] < raw["token_bytes"]
     assert 0 <= report["job"]["padding"] < 0.1
     assert report["job"]["bytes"] == sum(path.stat().st_size for path in (made / "shards").iterdir())
     assert report["verified"]["whole"]

@@ -170,21 +170,24 @@ def test_what_is_summed_does_not_depend_on_how_it_is_divided():
 
 def test_codecs_by_size_and_error():
     rows = random_states(0, tokens=300).flatten(1).to(torch.bfloat16)
-    raw, fp8, zbits = try_codecs(rows, States(torch.bfloat16, 2, H))
+    raw, fp8, zbits, quant, fine = try_codecs(rows, States(torch.bfloat16, 2, H))
     assert (raw.codec, raw.ratio, raw.snr_db) == ("raw", 1.0, [])
     assert (fp8.codec, fp8.ratio) == ("fp8", (H + 4) / (2 * H))
     assert 30 < min(fp8.snr_db) <= max(fp8.snr_db) < 36
     assert all(worst <= median for worst, median in zip(fp8.worst_db, fp8.snr_db, strict=True))
     assert (zbits.codec, zbits.snr_db) == ("zbits", [])
     assert 0.6 < zbits.ratio < 0.8
-    assert [*codec_findings([raw, fp8, zbits], [1, 2])] == []
+    assert quant.snr_db == pytest.approx([30, 30], abs=0.2)
+    assert fine.snr_db == pytest.approx([37, 37], abs=0.2)
+    assert quant.ratio < fine.ratio
+    assert [*codec_findings([raw, fp8, zbits, quant, fine], [1, 2])] == []
 
 
 def test_a_token_that_a_codec_spoils_is_not_averaged_away():
     rows = random_states(0, tokens=300).flatten(1)
     rows[7, :H] *= 2.0**-20
     rows[7, 0] = 1.0
-    _, fp8, _ = try_codecs(rows, States(torch.float32, 2, H))
+    _, fp8, *_ = try_codecs(rows, States(torch.float32, 2, H))
     assert fp8.snr_db[0] > 30
     error = torch.zeros(2, 2 * H)
     assert snr(error, error, 2).isnan().all()

@@ -6,17 +6,21 @@ from typing import Any
 
 from cache_format.codecs.fp8 import Fp8Codec
 from cache_format.codecs.interface import BlockCodec, Codec, HeadTensor, RowCodec, States, TokenTensor
+from cache_format.codecs.quant import QuantCodec
+from cache_format.codecs.quant_statistics import CalibrationShare
 from cache_format.codecs.raw import RawCodec
 from cache_format.codecs.zbits import ZbitsCodec
 
-CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (RawCodec, Fp8Codec, ZbitsCodec)}
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (RawCodec, Fp8Codec, ZbitsCodec, QuantCodec)}
 
 __all__ = [
     "CODECS",
     "BlockCodec",
+    "CalibrationShare",
     "Codec",
     "Fp8Codec",
     "HeadTensor",
+    "QuantCodec",
     "RawCodec",
     "RowCodec",
     "States",
@@ -28,14 +32,15 @@ __all__ = [
 
 
 def codec_named(name: Any) -> Codec:
-    """The codec of that name.
+    """The codec of that name, or of ``NAME:QUALITY``, as ``--codec`` takes it.
 
     Raises:
         ValueError: unknown; the message lists the known ones.
     """
-    if not isinstance(name, str) or name not in CODECS:
+    known, _, quality = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if known not in CODECS:
         raise ValueError(f"codec {name!r} is unknown to this version; known: {', '.join(CODECS)}")
-    return CODECS[name]()
+    return CODECS[known].of_quality(quality)
 
 
 def codec_from_dict(stored: Any) -> Codec:
@@ -44,7 +49,9 @@ def codec_from_dict(stored: Any) -> Codec:
     Raises:
         ValueError: unknown name or parameters.
     """
-    codec = codec_named(stored.get("name") if isinstance(stored, dict) else stored)
-    if codec.to_dict() != stored:
-        raise ValueError(f"codec {stored!r} has parameters that this version does not know")
-    return codec
+    name = stored.get("name") if isinstance(stored, dict) else stored
+    if not isinstance(name, str) or name not in CODECS:
+        raise ValueError(f"codec {name!r} is unknown to this version; known: {', '.join(CODECS)}")
+    if not isinstance(stored, dict):
+        raise ValueError(f"codec {name} is a name, not an object")
+    return CODECS[name].from_dict(stored)

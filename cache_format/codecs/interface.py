@@ -84,13 +84,17 @@ class Codec(ABC):
     """in the manifest and of ``--codec``"""
     lossless: ClassVar[bool]
     expected_ratio: ClassVar[float]
-    """stored bytes over bytes before, for estimates where it depends on the content"""
+    """stored bytes over bytes before"""
     relative_error: ClassVar[float] = 0.0
     """bound of RMS(decoded - original) / RMS(original) of a layer, beside the rounding to the stored dtype"""
 
     def tensors(self, states: States) -> tuple[TokenTensor, ...]:
         """The tensors with a row for each token that stand for hidden_states."""
         return ()
+
+    def expected_bytes(self, num_tokens: int, states: States) -> int:
+        """What that many tokens' states may take, for estimates where it depends on the content."""
+        return round(num_tokens * states.row_bytes * self.expected_ratio)
 
     def head(self, states: States, num_samples: int) -> tuple[HeadTensor, ...]:
         """What a shard needs beside, to be decoded or to be understood."""
@@ -99,6 +103,52 @@ class Codec(ABC):
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
         return {"name": self.name}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Codec:
+        """The codec whose :meth:`to_dict` gave ``stored``.
+
+        Raises:
+            ValueError: parameters that it does not have.
+        """
+        codec = cls()
+        if codec.to_dict() != stored:
+            raise ValueError(f"codec {cls.name} has parameters that this version does not know")
+        return codec
+
+    @classmethod
+    def of_quality(cls, quality: str) -> Codec:
+        """The codec that ``--codec NAME:QUALITY`` asks for.
+
+        Raises:
+            ValueError: it has no such quality.
+        """
+        if quality:
+            raise ValueError(f"codec {cls.name} has no qualities: write {cls.name} alone")
+        return cls()
+
+    @property
+    def spelled(self) -> str:
+        """As ``--codec`` takes it."""
+        return self.name
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """:meth:`to_dict` before the codec has seen any states: what a user asked for."""
+        return self.to_dict()
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether it knows all of the states that it has to know to encode."""
+        return True
+
+    def calibrated(self, rows: Tensor, states: States) -> Codec:
+        """The codec for states like ``rows [n, L*H]`` (on the host); a pure function of them."""
+        return self
+
+    def fits(self, states: States) -> bool:
+        """Whether its parameters are of these states' shape."""
+        return True
 
 
 class RowCodec(Codec):
@@ -146,12 +196,22 @@ class BlockCodec(Codec):
         """No sample of ``num_tokens`` tokens takes more than that."""
 
     @abstractmethod
-    def encode_sample(self, rows: np.ndarray, shared: Mapping[str, np.ndarray], out: np.ndarray) -> int:
-        """Write a sample's ``rows [n, L*H]`` into ``out`` (uint8); returns how many bytes it took. Deterministic."""
+    def encode_sample(
+        self,
+        rows: np.ndarray,
+        shared: Mapping[str, np.ndarray],
+        out: np.ndarray,
+        states: States,
+        energy: np.ndarray,
+    ) -> int:
+        """Write a sample's ``rows [n, L*H]`` into ``out`` (uint8); returns how many bytes it took. Deterministic.
+
+        A lossy codec adds to ``energy``, float64 ``[2, L]``: of each layer's features, and of their errors.
+        """
 
     @abstractmethod
     def decode_sample(
-        self, stored: np.ndarray, shared: Mapping[str, np.ndarray], num_tokens: int, out: np.ndarray
+        self, stored: np.ndarray, shared: Mapping[str, np.ndarray], num_tokens: int, out: np.ndarray, states: States
     ) -> None:
         """Decode the first ``len(out)`` rows of a sample of ``num_tokens`` tokens into ``out [m, L*H]``.
 

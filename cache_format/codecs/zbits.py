@@ -3,8 +3,7 @@
 Signs and mantissas of hidden states look like noise (7.97 of 8 bits, measured); their exponents do not. So each
 element's upper 16 bits are split into the exponent byte (bits 14..7) and the byte of sign and mantissa (bits 15, 6..0).
 Channels differ in scale by orders of magnitude, so each channel's usual exponent is first subtracted: 2.6 instead of
-3.0 bits. Then Huffman coding by zstd, whose search for repetitions is all but switched off: there are none, and
-looking for them makes the files larger and decoding half as fast.
+3.0 bits. Then Huffman coding (entropy.py).
 
 A sample is cut into blocks of whole rows that fit a core's cache, each with its own Huffman table. Bytes of a sample:
 a uint32 for each block, the bytes of its coded exponents; then block by block: coded exponents, signs and mantissas,
@@ -18,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import zstandard
 
+from cache_format.codecs.entropy import coder
 from cache_format.codecs.interface import BLOCK_STARTS, BlockCodec, HeadTensor, States
 
 EXPONENTS = "hidden_states_exponents"
@@ -60,20 +59,25 @@ class ZbitsCodec(BlockCodec):
         """As much as before, and 4 bytes a block."""
         return num_tokens * states.row_bytes + 4 * len(list(_blocks(num_tokens, states.width)))
 
-    def encode_sample(self, rows: np.ndarray, shared: Mapping[str, np.ndarray], out: np.ndarray) -> int:
+    def encode_sample(
+        self,
+        rows: np.ndarray,
+        shared: Mapping[str, np.ndarray],
+        out: np.ndarray,
+        states: States,
+        energy: np.ndarray,
+    ) -> int:
         """See the top of the file."""
         usual = shared[EXPONENTS][: rows.shape[1]]
         blocks = list(_blocks(len(rows), rows.shape[1]))
         sizes, at = np.empty(len(blocks), "<u4"), 4 * len(blocks)
-        compressor = _tools().compressor
+        compressor = coder()
         for number, block in enumerate(blocks):
             upper = _upper(rows[block])
             exponents = _exponents(upper) - usual
-            coded: bytes | memoryview = compressor.compress(exponents.reshape(-1).data)
-            if len(coded) >= exponents.size:
-                coded = exponents.reshape(-1).data
+            coded = compressor.coded(exponents)
             sizes[number] = len(coded)
-            at = _append(out, at, np.frombuffer(coded, np.uint8))
+            at = _append(out, at, coded)
             at = _append(out, at, ((upper & 0x7F) | (upper >> 8 & 0x80)).astype(np.uint8))
             if rows.itemsize == 4:
                 at = _append(out, at, (rows[block] & 0xFFFF).astype("<u2"))
@@ -81,7 +85,7 @@ class ZbitsCodec(BlockCodec):
         return at
 
     def decode_sample(
-        self, stored: np.ndarray, shared: Mapping[str, np.ndarray], num_tokens: int, out: np.ndarray
+        self, stored: np.ndarray, shared: Mapping[str, np.ndarray], num_tokens: int, out: np.ndarray, states: States
     ) -> None:
         """See the top of the file."""
         width, rest = out.shape[1], out.itemsize - 1
@@ -94,68 +98,27 @@ class ZbitsCodec(BlockCodec):
         ends[1:] += np.cumsum([(block.stop - block.start) * width * rest for block in blocks], dtype=np.int64)
         if ends[-1] != len(stored):
             raise ValueError(f"it has {len(stored):,} bytes, its blocks {int(ends[-1]):,}")
-        tools = _tools()
+        decompressor = coder()
         for block, start, stop in zip(blocks, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
             if block.start >= len(out):
                 return
             count = block.stop - block.start
             tail = stop - count * width * rest
-            exponents = tools.exponents(stored[start:tail], count * width).reshape(count, width)
+            exponents = decompressor.decoded(stored[start:tail], count * width).reshape(count, width)
             bits = stored[tail : tail + count * width].reshape(count, width)
             lower = stored[tail + count * width : stop].view("<u2").reshape(count, width) if rest > 1 else None
-            _join(out[block], exponents, usual, bits, lower, tools)
+            _join(out[block], exponents, usual, bits, lower)
 
 
-class _Tools:
-    """What a thread uses again from block to block."""
-
-    def __init__(self) -> None:
-        parameters = zstandard.ZstdCompressionParameters(
-            window_log=17,
-            hash_log=6,
-            chain_log=6,
-            search_log=1,
-            min_match=7,
-            target_length=0,
-            strategy=zstandard.STRATEGY_FAST,
-            write_content_size=True,
-        )
-        self.compressor = zstandard.ZstdCompressor(compression_params=parameters)
-        self._decompressor = zstandard.ZstdDecompressor()
-        self._scratch = np.empty(0, np.uint16)
-
-    def exponents(self, coded: np.ndarray, count: int) -> np.ndarray:
-        """uint8 ``[count]`` of coded or stored exponents.
-
-        Raises:
-            ValueError: they are of another number, or damaged.
-        """
-        if len(coded) == count:
-            return coded
-        try:
-            # Before anything is allocated: a frame may claim any size.
-            if zstandard.frame_content_size(coded.data) != count:
-                raise ValueError("its coded exponents are not of its size")
-            return np.frombuffer(self._decompressor.decompress(coded.data), np.uint8, count)
-        except zstandard.ZstdError as error:
-            raise ValueError(f"its coded exponents are damaged ({error})") from None
-
-    def scratch(self, shape: tuple[int, int]) -> np.ndarray:
-        """uint16 of that shape, not cleared."""
-        count = shape[0] * shape[1]
-        if len(self._scratch) < count:
-            self._scratch = np.empty(count, np.uint16)
-        return self._scratch[:count].reshape(shape)
+_thread = threading.local()
 
 
-_thread_tools = threading.local()
-
-
-def _tools() -> _Tools:
-    tools: _Tools | None = getattr(_thread_tools, "tools", None)
-    if tools is None:
-        tools = _thread_tools.tools = _Tools()
-    return tools
+def _scratch(shape: tuple[int, int]) -> np.ndarray:
+    """uint16 of that shape, not cleared: memory that this thread uses again from block to block."""
+    memory: np.ndarray | None = getattr(_thread, "memory", None)
+    if memory is None or len(memory) < shape[0] * shape[1]:
+        memory = _thread.memory = np.empty(shape[0] * shape[1], np.uint16)
+    return memory[: shape[0] * shape[1]].reshape(shape)
 
 
 def _blocks(num_tokens: int, width: int) -> Iterator[slice]:
@@ -186,11 +149,10 @@ def _join(
     usual: np.ndarray,
     bits: np.ndarray,
     lower: np.ndarray | None,
-    tools: _Tools,
 ) -> None:
     """Put the elements ``out`` (perhaps fewer rows) together again, in passes that run at a vector unit's speed."""
     rows = len(out)
-    upper = out if lower is None else tools.scratch(out.shape)
+    upper = out if lower is None else _scratch(out.shape)
     # Sign-extended, the sign bit stands at bit 15 too.
     np.copyto(upper.view(np.int16), bits[:rows].view(np.int8))
     np.bitwise_and(upper, _SIGN_AND_MANTISSA, out=upper)

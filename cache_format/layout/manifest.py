@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import xxhash
 
-from cache_format.codecs import States, codec_from_dict
+from cache_format.codecs import Codec, States, codec_from_dict
 from cache_format.codecs.dtypes import torch_dtype
 from cache_format.errors import CacheError, MismatchError, StorageError
 from cache_format.layout.captures import Captures
@@ -34,8 +34,12 @@ _DECIDED_BY_VLLM += ("vllm.batch_invariant", "vllm.capture")
 LATER_IDENTITY = (
     *("samples", "padding", "attn_implementation", "experts_implementation", "parameters"),
     *_DECIDED_BY_VLLM,
+    "codec.statistics",
 )
 """Identity fields that are found out while the samples are prepared and the target is loaded."""
+
+STATISTICS = "codec.statistics"
+"""Identity field: digest of what a codec knows of the states; only where it has to know any."""
 
 LATER: Mapping[str, Any] = {"later": True}
 """Metadata of fields that caches of earlier versions of this package do not have. They then have their default, and are
@@ -159,7 +163,7 @@ class Manifest:
         if min(self.target.hidden_size, self.target.vocab_size) < 1:
             raise ValueError("hidden_size and vocab_size must be at least 1")
         torch_dtype(self.dtype)
-        codec_from_dict(self.codec)
+        codec = codec_from_dict(self.codec)
         Captures.from_dict(self.capture)
         if self.state != "preparing":
             if self.data is None or self.totals is None or min(asdict(self.totals).values()) < 0:
@@ -169,6 +173,8 @@ class Manifest:
             bounds = [-1, *self.quarantined, self.totals.samples]
             if any(low >= high for low, high in itertools.pairwise(bounds)):
                 raise ValueError("quarantined are not sample_ids in ascending order")
+            if self.identity.get(STATISTICS) != codec_identity(codec).get(STATISTICS) or not codec.is_calibrated:
+                raise ValueError("the codec's parameters are not those of the identity")
             if self.fingerprint != fingerprint(self.identity):
                 raise ValueError("the fingerprint is not that of the identity")
 
@@ -247,6 +253,14 @@ class Manifest:
             raise CacheError(where, f"is damaged or foreign: {error}") from None
 
 
+def codec_identity(codec: Codec) -> dict[str, Any]:
+    """The identity's fields of a codec: what was asked for and, where it has seen the states, a digest of the rest."""
+    told = codec.to_dict()
+    if told == codec.asked:
+        return {"codec": told}
+    return {"codec": codec.asked, STATISTICS: xxhash.xxh3_128(_canonical(told)).hexdigest()}
+
+
 def fingerprint(identity: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of the identity as JSON with sorted keys, no spaces, UTF-8."""
     return hashlib.sha256(_canonical(dict(identity))).hexdigest()
@@ -304,7 +318,11 @@ def _parse(content: Any) -> Manifest:
     stored = content.pop("checksum", None)
     if stored != _checksum({"format": FORMAT_NAME, "format_version": version, **content}):
         raise ValueError("its checksum does not match its content")
-    return _build(Manifest, content, "manifest")
+    manifest: Manifest = _build(Manifest, content, "manifest")
+    schema = manifest.schema()
+    if not schema.codec.fits(schema.states):
+        raise ValueError(f"the parameters of codec {schema.codec.name} are not of L layers of H features")
+    return manifest
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

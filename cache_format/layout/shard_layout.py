@@ -116,7 +116,7 @@ class ShardSchema:
 
     def num_bytes(self, number: int, num_samples: int, num_tokens: int) -> int:
         """Size of shard ``number`` as a file; where it depends on the states, the size that is to be expected."""
-        expected = round(num_tokens * self.states.row_bytes * self.codec.expected_ratio) if self.has_blocks else 0
+        expected = self.codec.expected_bytes(num_tokens, self.states) if self.has_blocks else 0
         return self.layout(number, num_samples, num_tokens, expected).num_bytes
 
 

@@ -284,7 +284,8 @@ def _decode_block(
     out = target if is_plain else aside.take(len(target) * schema.states.row_bytes).reshape(len(target), -1)
     num_tokens = int(shard.cu_seqlens[position + 1]) - piece.start
     try:
-        codec.decode_sample(block, shard.codec_head, num_tokens, out.view(f"<u{schema.states.dtype.itemsize}"))
+        bits = out.view(f"<u{schema.states.dtype.itemsize}")
+        codec.decode_sample(block, shard.codec_head, num_tokens, bits, schema.states)
     except ValueError as error:
         sample = int(shard.sample_ids[position])
         raise CacheError(shard.where, f"sample {sample} cannot be decoded: {error}") from None

@@ -18,11 +18,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache_format.codecs import Codec, codec_named
+from cache_format.codecs import CalibrationShare, Codec, codec_named
 from cache_format.codecs.dtypes import DTYPES
 from cache_format.errors import CacheError, InputError
 from cache_format.layout.index import INDEX_NAME, SHARDS_NAME
-from cache_format.layout.manifest import MANIFEST_NAME, Manifest, require_same_identity
+from cache_format.layout.manifest import (
+    MANIFEST_NAME,
+    STATISTICS,
+    Manifest,
+    codec_identity,
+    require_same_identity,
+)
 from cache_format.layout.shard_layout import ShardSchema, shard_name
 from cache_format.layout.shard_reader import ShardFile
 from cache_format.reading.feature_cache import FeatureCache, only_cache
@@ -68,7 +74,7 @@ def recode(
     Args:
         cache: complete, and of a lossless codec.
         out: new, or begun by the same recode.
-        codec_name: ``raw``, ``fp8`` or ``zbits``.
+        codec_name: as ``--codec`` takes it, such as ``zbits`` or ``quant:fine``.
         threads: shards that are worked on at a time; each takes memory for two shards.
         progress: called with the source bytes of each shard that is done.
 
@@ -169,7 +175,7 @@ class Worker:
 
 
 def chosen_codec(source: OpenCache, codec_name: str) -> Codec:
-    """The codec of the copy.
+    """The codec of the copy; what it has to know of the states is read from ``source``.
 
     Raises:
         InputError: unknown, the one that ``source`` has, or ``source`` is lossy or not complete.
@@ -188,13 +194,28 @@ def chosen_codec(source: OpenCache, codec_name: str) -> Codec:
             f"{source.where}: its codec {have.name} has rounded the states; recode the cache that it was made from, "
             "or extract again with --codec"
         )
-    return codec
+    states = source.manifest.schema().states
+    return codec if codec.is_calibrated else codec.calibrated(_calibration_rows(source), states)
+
+
+def _calibration_rows(source: OpenCache) -> torch.Tensor:
+    """What extract would calibrate with: see :class:`CalibrationShare`."""
+    places = places_by_shard(source)
+    share, found = CalibrationShare.of(len(places)), []
+    for of_shard in places[: share.shards]:
+        ends = np.cumsum(source.index.num_tokens[of_shard], dtype=np.int64)
+        wanted = of_shard[: int(np.searchsorted(ends, share.rows)) + 1]
+        if len(wanted):
+            batch = source.gather([wanted], allocate=host_memory).decoded()
+            found.append(batch.hidden_states[0, : share.rows])
+    return torch.cat(found) if found else torch.empty(0, source.manifest.width, dtype=source.manifest.torch_dtype)
 
 
 def recoded_manifest(source: Manifest, codec: Codec) -> Manifest:
     """Of the copy, before its shards are made; state extracting."""
     files = {name: info for name, info in source.files.items() if name not in (INDEX_NAME, SHARDS_NAME)}
-    identity = {**source.identity, "codec": codec.to_dict()}
+    kept = {name: value for name, value in source.identity.items() if name != STATISTICS}
+    identity = {**kept, **codec_identity(codec)}
     return source.extracting(identity, codec=codec.to_dict(), files=files, quarantined=[], measured=None)
 
 

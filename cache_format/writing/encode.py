@@ -37,10 +37,10 @@ def encode_shard(
         encoders: threads that encode the samples of a :class:`BlockCodec` side by side; None: one after the other.
     """
     codec, states = schema.codec, schema.states
-    most = _most_bytes(schema, number, len(sample_ids), int(num_tokens.sum()))
+    room = sum(codec.most_bytes(n, states) for n in num_tokens.tolist()) if isinstance(codec, BlockCodec) else 0
+    most = schema.layout(number, len(sample_ids), int(num_tokens.sum()), room).num_bytes
     if into is None or into.capacity < most:
         into = ShardBuffer(most)
-    room = sum(codec.most_bytes(n, states) for n in num_tokens.tolist()) if isinstance(codec, BlockCodec) else 0
     into.begin(schema, number, sample_ids, num_tokens, room)
     encoded = {tensor.name for tensor in codec.tensors(states)}
     for tensor in schema.token_tensors:
@@ -65,11 +65,6 @@ def encode_buffer(
     return encode_shard(schema, filled.number, ids, lengths, raw, into, encoders)
 
 
-def _most_bytes(schema: ShardSchema, number: int, num_samples: int, num_tokens: int) -> int:
-    """What a shard takes at most; a block has at least one token and takes 4 bytes beside."""
-    return schema.layout(number, num_samples, num_tokens, num_tokens * (schema.states.row_bytes + 4)).num_bytes
-
-
 def bits_of(rows: torch.Tensor, states: States) -> np.ndarray:
     """The elements' bits, uint16 or uint32, without a copy."""
     signed = {2: torch.int16, 4: torch.int32}[states.dtype.itemsize]
@@ -84,17 +79,19 @@ def _encode_blocks(
         into.tensor(name).numpy()[:] = values
     starts, blocks = into.tensor(BLOCK_STARTS).numpy(), into.tensor(BLOCKS).numpy()
     starts[0] = 0
+    energies = np.zeros((len(starts) - 1, 2, states.layers))
     samples = list(zip(into.cu_seqlens.tolist(), into.cu_seqlens[1:].tolist(), strict=False))
     if encoders is None:
         for i, (start, stop) in enumerate(samples):
-            starts[i + 1] = starts[i] + codec.encode_sample(rows[start:stop], shared, blocks[starts[i] :])
+            size = codec.encode_sample(rows[start:stop], shared, blocks[starts[i] :], states, energies[i])
+            starts[i + 1] = starts[i] + size
     else:
         # Each where it would stand if all before it took the most they can.
         most = [codec.most_bytes(stop - start, states) for start, stop in samples]
         rooms = np.concatenate([[0], np.cumsum(most)]).tolist()
         futures = [
-            encoders.submit(codec.encode_sample, rows[start:stop], shared, blocks[low:high])
-            for (start, stop), (low, high) in zip(samples, pairwise(rooms), strict=True)
+            encoders.submit(codec.encode_sample, rows[start:stop], shared, blocks[low:high], states, energy)
+            for (start, stop), (low, high), energy in zip(samples, pairwise(rooms), energies, strict=True)
         ]
         try:
             for i, future in enumerate(futures):
@@ -103,6 +100,8 @@ def _encode_blocks(
         finally:
             # They write into this buffer.
             wait(futures)
+    if not codec.lossless:
+        into.tensor(ENERGY).copy_(total_energy(torch.from_numpy(energies)))
     into.end_blocks(int(starts[-1]))
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cache_format.codecs import codec_from_dict
 from cache_format.errors import InputError, MismatchError
 from cache_format.layout.captures import Captures
 from cache_format.layout.collection import (
@@ -18,10 +19,10 @@ from cache_format.layout.collection import (
     read_collection,
     write_collection,
 )
-from cache_format.layout.manifest import LATER_IDENTITY, Manifest, differing
+from cache_format.layout.manifest import LATER_IDENTITY, STATISTICS, Manifest, differing
 from extractor.config import ExtractOptions, PlanOptions, PrepareOptions, TargetOptions
 
-OF_THE_DATA = ("data.digest", "samples", "row_format", "columns", "limit", "on_bad_row")
+OF_THE_DATA = ("data.digest", "samples", "row_format", "columns", "limit", "on_bad_row", STATISTICS)
 """Identity fields in which an appended cache may differ."""
 
 
@@ -60,7 +61,7 @@ def options_like(stored: Manifest, *, target: TargetOptions, prepare: PrepareOpt
         prepare=replace(prepare, chat_template_kwargs=None if kwargs is None else json.dumps(kwargs), **alike),
         plan=PlanOptions(shard_bytes=identity["shard_bytes"], batch_tokens=identity["batch_tokens"]),
         capture=Captures.from_dict(stored.capture),
-        codec=stored.codec["name"],
+        codec=codec_from_dict(stored.codec).spelled,
         on_nonfinite=identity["on_nonfinite"],
         **options,
     )

@@ -54,7 +54,7 @@ class Estimate:
     shard_bytes: int
     """with that codec"""
     codec_bytes: dict[str, int]
-    """with each codec; zbits depends on the states, so this is what bfloat16 ones usually take"""
+    """with each codec; zbits and quant depend on the states, so this is what bfloat16 ones usually take"""
     padding: float
     """share of computed tokens that is padding"""
     free_bytes: int
@@ -116,7 +116,8 @@ def estimate(options: ExtractOptions) -> Estimate:
     # Which samples share a batch does not change the sizes.
     plan_options = replace(options.plan, batch_tokens=options.plan.batch_tokens or DEFAULT_BATCH_TOKENS)
     plan = Plan(np.resize(np.asarray(lengths), round(len(lengths) * scale)), schema.raw.token_bytes, plan_options)
-    codec_bytes = {name: int(plan.shard_bytes(replace(schema, codec=codec_named(name))).sum()) for name in CODECS}
+    names = dict.fromkeys([*CODECS, "quant:fine", options.codec])
+    codec_bytes = {name: int(plan.shard_bytes(replace(schema, codec=codec_named(name))).sum()) for name in names}
     exact = rows is not None and read >= rows
     return Estimate(
         rows=rows,
@@ -170,7 +171,7 @@ def describe(result: Estimate) -> str:
 
 
 def _about(codec: str) -> str:
-    return "about " if issubclass(CODECS[codec], BlockCodec) else ""
+    return "about " if isinstance(codec_named(codec), BlockCodec) else ""
 
 
 def _spans(num_rows: int | None) -> list[tuple[int, int]]:

@@ -50,7 +50,7 @@ def inputs_identity(
         **tokenizer_identity(tokenizer),
         "target_layer_ids": target_layer_ids,
         "dtype": dtype,
-        "codec": codec_named(options.codec).to_dict(),
+        "codec": codec_named(options.codec).asked,
         "capture": options.capture.to_dict(),
         "data.digest": data_digest,
         **_prepare_identity(options),

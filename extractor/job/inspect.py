@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from cache_format.codecs import codec_from_dict
 from cache_format.errors import InputError
 from cache_format.layout.collection import collection_at
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest, SourceInfo
@@ -31,6 +32,7 @@ def summarise(cache: Path | str) -> dict[str, Any]:
     manifest = Manifest.read(folder.path)
     summary = {"cache": str(cache), **asdict(manifest)}
     del summary["files"]
+    summary["codec"] = codec_from_dict(manifest.codec).asked
     if manifest.totals is not None:
         finished = [shard_name(number) for number in finished_shards(folder.names("shards"))]
         sizes = [found for name in finished if (found := folder.size(name)) is not None]
@@ -83,7 +85,7 @@ def describe(summary: dict[str, Any]) -> str:
         ("target", f"{target['name']} ({target['model_type']}, {target['num_hidden_layers']} layers)"),
         ("target_layer_ids", ", ".join(map(str, summary["target_layer_ids"]))),
         ("hidden_states", f"{len(summary['target_layer_ids'])} x {target['hidden_size']}, {summary['dtype']}"),
-        ("codec", summary["codec"]["name"]),
+        ("codec", _told(summary["codec"])),
         ("capture", ", ".join(f"{name} {value}" for name, value in summary["capture"].items() if value) or "none"),
     ]
     if totals:
@@ -118,3 +120,9 @@ def _a_token(summary: dict[str, Any]) -> str:
     if summary["measured"] is None or not summary["totals"]["tokens"]:
         return ""
     return f" ({summary['shard_bytes'] / summary['totals']['tokens']:,.0f} B a token)"
+
+
+def _told(codec: dict[str, Any]) -> str:
+    """A codec's name, and what was asked of it."""
+    asked = f", {codec['snr_db']:g} dB asked of each layer's median token" if "snr_db" in codec else ""
+    return f"{codec['name']}{asked}"

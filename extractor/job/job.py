@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cache_format.codecs import Codec, codec_from_dict
 from cache_format.codecs.dtypes import torch_dtype
 from cache_format.errors import CacheError, InputError
 from cache_format.layout.manifest import (
@@ -20,6 +21,7 @@ from cache_format.layout.manifest import (
     SourceInfo,
     TargetInfo,
     Totals,
+    codec_identity,
     require_same_identity,
 )
 from cache_format.layout.samples import PreparedSamples, part_path
@@ -28,6 +30,7 @@ from extractor.config import DEFAULT_BATCH_TOKENS, ExtractOptions
 from extractor.data.dataset import open_source
 from extractor.data.prepare import form_of_source, prepare
 from extractor.job.append import require_same_job
+from extractor.job.calibrate import calibration_rows
 from extractor.job.destination import Destination
 from extractor.job.folder_destination import FolderDestination
 from extractor.job.identity import compare_hardware, inputs_identity, samples_identity, software, template_date
@@ -331,13 +334,32 @@ class Job:
                 found = backend.find_batch_tokens(self.device, longest, largest_shard)
                 self.say(f"--batch-tokens auto: {found:,}")
                 decided["batch_tokens"] = found
-            planned = self._planned(manifest, samples, plan, decided, backend)
+            codec = self._calibrated(manifest, samples, plan, decided, backend)
+            known = replace(manifest, codec=codec.to_dict())
+            planned = self._planned(known, samples, plan, decided, backend)
             if self.options.append_to is not None:
                 require_same_job(self.options.append_to, planned.identity)
             manifest = self.commit(planned)
             plan = self.plan(manifest, samples)
         require_same_identity(self.where, manifest.identity, {**manifest.identity, **decided})
         return manifest, plan, backend
+
+    def _calibrated(
+        self, manifest: Manifest, samples: PreparedSamples, plan: Plan, decided: dict[str, Any], backend: TargetBackend
+    ) -> Codec:
+        """The codec, once it knows of the states what it has to know; the target is run on some of them."""
+        codec = codec_from_dict(manifest.codec)
+        if codec.is_calibrated:
+            return codec
+        self.say(f"codec {codec.name}: the first rows of some shards are run to find its steps")
+        if "batch_tokens" in decided:
+            plan = Plan(
+                samples.num_tokens,
+                shards_schema(manifest).raw.token_bytes,
+                replace(self.options.plan, batch_tokens=decided["batch_tokens"]),
+            )
+        rows = calibration_rows(self.runner(manifest, plan, samples, backend))
+        return codec.calibrated(rows, manifest.schema().states)
 
     def runner(self, manifest: Manifest, plan: Plan, samples: PreparedSamples, backend: TargetBackend) -> ShardRunner:
         """What makes shards of this cache on this worker's device."""
@@ -442,7 +464,12 @@ class Job:
         paths += sorted(path for path in (self.folder / "target").rglob("*") if path.is_file())
         names = [path.relative_to(self.folder).as_posix() for path in paths]
         return manifest.extracting(
-            {**manifest.identity, **decided, "samples": samples.digest()},
+            {
+                **manifest.identity,
+                **decided,
+                "samples": samples.digest(),
+                **codec_identity(codec_from_dict(manifest.codec)),
+            },
             target=replace(manifest.target, tie_word_embeddings=tied, embed_scale=scale, **asdict(factors)),
             data=DataInfo(
                 name=self.source.name,

@@ -162,7 +162,7 @@ class ShardRunner:
             places = {name: tensor[first:last] for name, tensor in stored.items()}
             rows, extra = device_rows.take(places)
             with self.timeline.device_span("forward", self.device):
-                self._forward(input_ids, lengths.tolist(), rows, extra, shard.number)
+                self.forward(input_ids, lengths.tolist(), rows, extra, shard.number)
             with self.timeline.device_span("check", self.device):
                 nonfinite.append(self.backend.nonfinite(rows, lengths.tolist(), extra))
             device_rows.leave(places, self.timeline)
@@ -173,9 +173,14 @@ class ShardRunner:
             report(stats)
         return device_rows.leave_last(torch.cat(nonfinite))
 
-    def _forward(
+    def forward(
         self, input_ids: Tensor, lengths: list[int], rows: Tensor, extra: dict[str, Tensor], number: int
     ) -> None:
+        """Run the target over one batch of shard ``number``, a second time if it did not fit into memory.
+
+        Raises:
+            DeviceMemoryError: it does not fit the second time.
+        """
         try:
             self.backend.forward(input_ids.to(self.device, non_blocking=True), lengths, rows, extra)
             return

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cache_format.codecs import CODECS, RawCodec, States, codec_named
+from cache_format.codecs import RawCodec, States, codec_from_dict
 from cache_format.errors import CacheError, DFlashCacheError, StorageError
 from cache_format.layout.manifest import MANIFEST_NAME, DataInfo, Manifest
 from cache_format.layout.samples import PartInfo, part_path, read_part
@@ -200,9 +200,9 @@ def _look(cache: FeatureCache, chosen: np.ndarray) -> _Looked:
     manifest, shard_of = cache.manifest, cache.index.shard
     states = States(manifest.torch_dtype, len(manifest.target_layer_ids), manifest.hidden_size)
     summing = Summing(manifest.target_layer_ids, manifest.hidden_size)
-    by_row = isinstance(codec_named(manifest.codec["name"]), RawCodec) and isinstance(cache.folder, LocalFolder)
+    by_row = isinstance(codec_from_dict(manifest.codec), RawCodec) and isinstance(cache.folder, LocalFolder)
     room, shards, tried, unreadable = MOST_STATE_BYTES, [], [], {}
-    tried_room = MOST_BYTES if codec_named(manifest.codec["name"]).lossless else 0
+    tried_room = MOST_BYTES if codec_from_dict(manifest.codec).lossless else 0
     with Reporter("report", len(chosen), "samples") as reporter:
         for done, i in enumerate(chosen.tolist()):
             shard, length = int(shard_of[i]), int(cache.index.num_tokens[i])
@@ -240,7 +240,7 @@ def _codec_sizes(manifest: Manifest, trials: Sequence[CodecTrial]) -> list[Codec
     raw = States(manifest.torch_dtype, len(manifest.target_layer_ids), manifest.hidden_size).row_bytes
     used = manifest.codec["name"]
     if not trials:
-        codec, known = CODECS[used](), manifest.measured
+        codec, known = codec_from_dict(manifest.codec), manifest.measured
         ratio = known.ratio if known else codec.expected_ratio
         trials = [CodecTrial(codec=used, ratio=ratio, snr_db=known.snr_db if known else [], worst_db=[])]
     return [

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache_format.codecs import codec_named
+from cache_format.codecs import codec_from_dict
 from cache_format.errors import InputError
 from cache_format.layout.manifest import Manifest, require_same_identity
 from cache_format.layout.shard_layout import shard_name
@@ -129,7 +129,7 @@ def recompute(
 
 def tolerance_of(manifest: Manifest) -> Errors:
     """Rounding and the codec's error are independent; neither makes up for the other."""
-    codec = codec_named(manifest.codec["name"]).relative_error
+    codec = codec_from_dict(manifest.codec).relative_error
     rounding = TOLERANCE[manifest.torch_dtype]
     return Errors(**{name: value + codec for name, value in vars(rounding).items()})
 

@@ -22,6 +22,6 @@ def caches(request, tmp_path_factory):
 def extracted(job, tmp_path_factory):
     """The job's caches with both codecs, each made by the command."""
     folder = tmp_path_factory.mktemp("extracted")
-    for codec in ("fp8", "zbits"):
+    for codec in ("fp8", "zbits", "quant"):
         commands.made("extract", *job, "--codec", codec, "--out", folder / codec)
     return folder

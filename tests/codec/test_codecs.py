@@ -29,7 +29,7 @@ def realistic(tokens: int, states: States, seed: int = 0) -> torch.Tensor:
 def encoded(codec: ZbitsCodec, rows: torch.Tensor, states: States) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     bits = bits_of(rows, states)
     shared, out = codec.shared(bits, states), np.empty(codec.most_bytes(len(rows), states), np.uint8)
-    return out[: codec.encode_sample(bits, shared, out)], shared
+    return out[: codec.encode_sample(bits, shared, out, states, np.zeros((2, states.layers)))], shared
 
 
 def fp8(rows: torch.Tensor, states: States) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -59,7 +59,7 @@ def test_zbits_gives_back_every_bit_of_anything(tokens, layers, hidden, dtype, s
     assert len(stored) <= ZbitsCodec().most_bytes(tokens, states)
     for taken in {tokens, (tokens + 1) // 2, 1}:
         out = np.empty_like(bits_of(rows, states)[:taken])
-        ZbitsCodec().decode_sample(stored, shared, tokens, out)
+        ZbitsCodec().decode_sample(stored, shared, tokens, out, states)
         assert np.array_equal(out, bits_of(rows, states)[:taken])
 
 
@@ -90,7 +90,7 @@ def test_damaged_zbits_are_refused_or_give_other_values_but_no_crash(dtype):
         bad[rng.integers(0, len(bad) if rng.random() < 0.5 else 40)] ^= 1 << rng.integers(0, 8)
         bad = bad[: rng.integers(0, len(bad))] if rng.random() < 0.2 else bad
         try:
-            ZbitsCodec().decode_sample(bad, shared, len(rows), out)
+            ZbitsCodec().decode_sample(bad, shared, len(rows), out, states)
         except ValueError:
             refused += 1
     assert refused > 50
@@ -102,7 +102,7 @@ def test_zbits_that_claim_a_terabyte_are_refused_before_it_is_allocated():
     frame = b"\x28\xb5\x2f\xfd\xe0" + (1 << 40).to_bytes(8, "little") + b"\x01\x00\x00"
     bad = np.concatenate([np.array([len(frame)], "<u4").view(np.uint8), np.frombuffer(frame, np.uint8), stored[-192:]])
     with pytest.raises(ValueError, match="not of its size"):
-        ZbitsCodec().decode_sample(bad, shared, 3, np.empty((3, 64), np.uint16))
+        ZbitsCodec().decode_sample(bad, shared, 3, np.empty((3, 64), np.uint16), states)
 
 
 # -- fp8 --------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ def shards_of(cache):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_recoded_is_what_would_have_been_extracted(caches, tmp_path, threads):
     raw = FeatureCache.open(caches["raw"], verify="sample")
-    for codec in ("zbits", "fp8"):
+    for codec in ("zbits", "fp8", "quant"):
         report = recode(raw, tmp_path / codec, codec, threads=threads)
         assert shards_of(tmp_path / codec) == shards_of(caches[codec])
         assert FeatureCache.open(tmp_path / codec).manifest.fingerprint == (
@@ -59,7 +59,7 @@ def test_recode_resumes_and_refuses_what_is_not_its_own(caches, tmp_path):
         recode(raw, tmp_path / "x", "raw", threads=1)
     with pytest.raises(InputError, match="rounded"):
         recode(FeatureCache.open(caches["fp8"]), tmp_path / "x", "zbits", threads=1)
-    with pytest.raises(InputError, match="known: raw, fp8, zbits"):
+    with pytest.raises(InputError, match="known: raw, fp8, zbits, quant"):
         recode(raw, tmp_path / "x", "zip", threads=1)
     with pytest.raises(InputError, match="beside"):
         recode(raw, caches["raw"] / "in", "zbits", threads=1)
@@ -97,13 +97,17 @@ def test_recode_makes_the_bytes_that_extract_makes(made, extracted, tmp_path, cl
         assert torch.equal(ours[i].hidden_states, theirs[i].hidden_states)
     assert cli("recode", made, tmp_path / "zbits", "--codec", "zbits")[0] == 0, "again: nothing to do"
     assert cli("recode", tmp_path, tmp_path / "x", "--codec", "zbits")[0] == 2
-    assert cli("recode", made, tmp_path / "x", "--codec", "zip")[0] == 2
+    assert cli("recode", made, tmp_path / "quant", "--codec", "quant")[0] == 0
+    assert contents(tmp_path / "quant") == contents(extracted / "quant"), "its statistics too"
+    for wrong in ("zip", "quant:coarse", "quant:5dB", "quant:fine:x", "raw:fine"):
+        assert cli("recode", made, tmp_path / "x", "--codec", wrong)[0] == 2
 
 
-def test_recode_killed_at_random_operations_ends_in_the_same_bytes(made, extracted, tmp_path):
-    arguments = ["recode", str(made), str(tmp_path / "c"), "--codec", "zbits"]
+@pytest.mark.parametrize("codec", ["zbits", "quant"])
+def test_recode_killed_at_random_operations_ends_in_the_same_bytes(made, extracted, tmp_path, codec):
+    arguments = ["recode", str(made), str(tmp_path / "c"), "--codec", codec]
     for step in (3, 9, 17, 4, 12):
         if soak_kill.run(arguments, tmp_path / "log", die_at=step) == 0:
             break
     assert soak_kill.run(arguments, tmp_path / "log") == 0
-    assert contents(tmp_path / "c") == contents(extracted / "zbits")
+    assert contents(tmp_path / "c") == contents(extracted / codec)
