@@ -172,6 +172,17 @@ def test_damage_is_said_and_passed_over(cli, made, tmp_path):
     assert "Token ids stand for text" in (tmp_path / "r.html").read_text()
 
 
+@pytest.mark.parametrize("codec", ["fp8", "quant"])
+def test_of_a_lossy_cache_only_what_was_measured_is_told(codec, cli):
+    cache = Path(__file__).parent / "golden" / f"{codec}-bfloat16"
+    measured = FeatureCache.open(cache).manifest.measured
+    report = report_of(cli, cache)
+    [used] = report["codecs"]
+    assert (used["codec"], used["is_used"], used["snr_db"], used["worst_db"]) == (codec, True, measured.snr_db, [])
+    assert report["codecs_tried_on"] == 0
+    assert used["token_bytes"] == measured.ratio * 3 * 16 * 2
+
+
 @pytest.mark.parametrize("problem", ["absent", "preparing", "manifest"])
 def test_what_is_no_cache_is_refused(problem, cli, made, tmp_path):
     cache = tmp_path / "c"
@@ -209,6 +220,9 @@ def test_what_extract_and_verify_said(cli, made, hostile, tmp_path):
     assert "the target waited 25s for the disk (25 %)" in out
     assert "10.0 % padding" in out
     assert f"whole: full check of {len(set(cache.index.shard.tolist()))} shards" in out
+    (tmp_path / "part.json").write_text(cli("verify", made, "--shards", "0-1", "--json")[1])
+    code, out, _ = cli("report", made, "--with", tmp_path / "part.json")
+    assert f"look:  verified in part: 2 of {len(set(cache.index.shard.tolist()))} shards" in out
     code, _, err = cli("report", hostile, *given)
     assert (code, "is of another cache" in err) == (2, True)
     for content in ("[]", "x", '{"run": 1}', json.dumps({"fingerprint": cache.fingerprint, "run": {"tokens": "x"}})):

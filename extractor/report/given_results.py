@@ -22,6 +22,9 @@ class Verified:
     """``quick`` or ``full``"""
     whole: bool
     shards: int
+    """that were checked"""
+    of_shards: int
+    """that the cache has"""
     samples: int
     problems: list[str]
     """the first 20"""
@@ -102,6 +105,7 @@ def _verified(content: dict[str, Any]) -> Verified:
         depth=str(content["depth"]),
         whole=bool(content["whole"]),
         shards=content["shards"],
+        of_shards=content.get("of_shards", content["shards"]),
         samples=content["samples"],
         problems=problems[:20],
         num_problems=len(problems),

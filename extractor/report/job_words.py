@@ -48,6 +48,6 @@ def verdict(verified: Verified) -> str:
     result = "whole" if verified.whole else f"{verified.num_problems:,} problems"
     when = "made for this report" if verified.now else f"as it was handed to this report, of {verified.cache}"
     more = "" if verified.depth != "quick" else "; only `dflash-cache verify` without --quick reads every byte"
-    return (
-        f"{result}: {verified.depth} check of {verified.shards:,} shards and {verified.samples:,} samples, {when}{more}"
-    )
+    of = "" if verified.shards == verified.of_shards else f" of {verified.of_shards:,}"
+    checked = f"{verified.shards:,}{of} shards, {verified.samples:,} samples"
+    return f"{result}: {verified.depth} check of {checked}, {when}{more}"

@@ -327,7 +327,7 @@ def _job_figures(cache: OpenCache) -> JobFigures:
         sizes=counts,
         padding=padding(index, batch_tokens) if isinstance(batch_tokens, int) and len(index) else None,
         throughput=over_time,
-        why_no_throughput=why or ("" if over_time else f"{len(finished):,} shards are too few to tell"),
+        why_no_throughput=why or ("" if over_time else f"too few shards ({len(finished):,})"),
         created_with=manifest.created_with,
     )
 
@@ -349,6 +349,7 @@ def _verified(where: Path | str, cache: OpenCache, shards: int) -> Verified | No
         depth=found.depth,
         whole=found.whole,
         shards=found.shards,
+        of_shards=found.of_shards,
         samples=found.samples,
         problems=[str(problem) for problem in found.problems[:20]],
         num_problems=len(found.problems),
@@ -364,6 +365,9 @@ def _whole(manifest: Manifest, job: JobFigures, verified: Verified | None) -> It
         )
     elif verified is None:
         yield Finding(level="look", text="not verified: `dflash-cache verify` reads every byte")
+    elif verified.shards < verified.of_shards:
+        part = f"{verified.shards:,} of {verified.of_shards:,} shards"
+        yield Finding(level="look", text=f"verified in part: {part}")
     unfinished = manifest.state != "complete" and verified is not None and verified.num_problems == 1
     if verified is not None and not verified.whole and not unfinished:
         yield Finding(
