@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cache_format.repr_html import html_table
+
 
 @dataclass(repr=False)
 class DFlashTargetBatch:
@@ -47,6 +49,20 @@ class DFlashTargetBatch:
         """Dtype, shape and device of each tensor: not its numbers."""
         there = ((field.name, getattr(self, field.name)) for field in fields(self))
         return f"{type(self).__name__}({', '.join(f'{n}={_described(t)}' for n, t in there if t is not None)})"
+
+    def _repr_html_(self) -> str:
+        """For a notebook: a row for each tensor, and how much of the batch is real and learned."""
+        there = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        rows = [(name, _described(tensor)) for name, tensor in there if tensor is not None]
+        return html_table(f"{type(self).__name__}{self._filled()}", ("field", "dtype, shape"), rows)
+
+    def _filled(self) -> str:
+        masks = (self.attention_mask, self.loss_mask)
+        if not all(isinstance(mask, Tensor) and mask.is_cpu and mask.numel() for mask in masks):
+            return ""
+        real, learned = (int(mask.sum()) for mask in masks)
+        padding = 100 - 100 * real / self.attention_mask.numel()
+        return f": {real:,} tokens, {learned:,} learned, {padding:.0f} % padding"
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> DFlashTargetBatch:
         """A batch with every tensor on ``device``; the same tensors where they are there already."""

@@ -21,6 +21,7 @@ from extractor.data.forms import FORMATS
 ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = [
+    ("repr_html",),
     ("errors", "batch", "device", "codecs"),
     ("storage",),
     ("layout",),

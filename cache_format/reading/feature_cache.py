@@ -21,6 +21,7 @@ from cache_format.layout.embeddings import EMBEDDINGS_NAME, load_input_embedding
 from cache_format.layout.index import Index
 from cache_format.layout.manifest import Manifest
 from cache_format.reading.batch_source import BatchSource
+from cache_format.reading.cache_html import cache_html
 from cache_format.reading.follow import FollowedCache
 from cache_format.reading.joined_caches import JoinedCaches
 from cache_format.reading.loader import CacheLoader, LoaderOptions, default_rank
@@ -221,6 +222,9 @@ class FeatureCache(Dataset):
             f"FeatureCache({self.where!r}: {len(self):,} samples, target {m.target.name!r}, "
             f"target_layer_ids {m.target_layer_ids}, {m.dtype}, codec {m.codec['name']})"
         )
+
+    def _repr_html_(self) -> str:
+        return cache_html(self.where, self.manifest, self.index, self.target_layer_ids)
 
     @property
     def target_layer_ids(self) -> list[int]:
