@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cache_format.errors import InputError
 from cache_format.layout.captures import Captures
 from cache_format.layout.follow_files import KeptWindow
+
+if TYPE_CHECKING:
+    from cache_format.layout.manifest import CommandLine
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Codec = Literal["raw", "zbits", "fp8", "quant"]
@@ -279,6 +282,8 @@ class ExtractOptions:
     """only some shards at a time, as readers go on; None: all"""
     profile: Path | None = None
     """where to write a Chrome trace of the run"""
+    command: CommandLine | None = None
+    """that gave these options; kept in the manifest, of no account to anything else"""
 
     def __post_init__(self) -> None:
         require_codec(self.codec)

@@ -1,4 +1,4 @@
-"""Tiny caches of each codec, as this version writes them, for tests/golden/: later versions must read them alike.
+"""Tiny caches of each codec and capture, as this version writes them (tests/golden/): later ones must read them.
 
     python scripts/make_golden_caches.py tests/golden
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from synthetic_cache import write_cache
 
 from cache_format import FeatureCache
 from cache_format.codecs.dtypes import torch_dtype
+from cache_format.layout.captures import Captures
 
 LENGTHS = [5, 31, 12, 1, 17, 9, 26, 8]
 HIDDEN, LAYER_IDS = 16, [0, 2, 3]
@@ -27,8 +29,9 @@ def read_alike(cache: FeatureCache) -> str:
     hasher = xxhash.xxh3_128()
     for i in range(len(cache)):
         sample = cache[i]
-        for tensor in (sample.hidden_states, sample.input_ids, sample.attention_mask, sample.loss_mask):
-            hasher.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        for tensor in (getattr(sample, field.name) for field in fields(sample)):
+            if tensor is not None:
+                hasher.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     for module in (cache.get_input_embeddings(), cache.get_output_embeddings()):
         hasher.update(module.weight.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest()
@@ -42,11 +45,14 @@ def states(sample_id: int, num_tokens: int, dtype: str) -> torch.Tensor:
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(exist_ok=True)
-    for codec in ("raw", "fp8", "zbits", "quant"):
-        for dtype in ("float32", "bfloat16"):
-            cache = folder / f"{codec}-{dtype}"
-            if cache.exists():
-                continue
+    codecs = ("raw", "fp8", "zbits", "quant")
+    kinds = [(codec, dtype, Captures()) for codec in codecs for dtype in ("float32", "bfloat16")]
+    kinds += [("raw", "bfloat16", one) for one in (Captures(last_hidden_states=True), Captures(logits_topk=4))]
+    kinds += [("zbits", "float32", Captures(last_hidden_states=True, logits_topk=4))]
+    for codec, dtype, capture in kinds:
+        captured = "".join(f"-{name}" for name, value in capture.to_dict().items() if value)
+        cache = folder / f"{codec}-{dtype}{captured}"
+        if not cache.exists():
             write_cache(
                 cache,
                 LENGTHS,
@@ -56,6 +62,7 @@ def main() -> None:
                 shard_bytes=64 << 10,
                 states=lambda sample_id, num_tokens, dtype=dtype: states(sample_id, num_tokens, dtype),
                 codec=codec,
+                capture=capture,
             )
             digest = {"reads": read_alike(FeatureCache.open(cache, verify="sample"))}
             (folder / f"{cache.name}.json").write_text(json.dumps(digest) + "\n")

@@ -21,14 +21,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from cache_format.errors import DFlashCacheError
-from cache_format.layout.manifest import Manifest
+from cache_format.layout.manifest import MANIFEST_NAME, Manifest
 from cache_format.layout.shard_layout import shard_name
 
 ROWS_PER_PART = 64
@@ -148,8 +149,12 @@ def state_of(cache: Path) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below ``folder`` by its relative name."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if not p.is_dir()}
+    """Every file below ``folder`` by its relative name, the manifest without the command line that made it."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if not p.is_dir()}
+    if MANIFEST_NAME in found:
+        with suppress(DFlashCacheError):
+            found[MANIFEST_NAME] = replace(Manifest.read(folder), command=None).to_bytes()
+    return found
 
 
 def _compare(whole: dict[str, bytes], out: Path, report: SoakReport) -> None:

@@ -47,10 +47,12 @@ def write_cache(
     only_shards: list[int] | None = None,
     name: str = "synthetic",
     codec: str = "raw",
+    capture: Captures | None = None,
 ) -> list[Sample]:
     """A complete cache of samples of ``lengths`` (or, with ``only_shards``, one still extracting); returns its samples.
 
-    ``states(sample_id, num_tokens)`` gives hidden_states ``[num_tokens, L*hidden]`` in ``dtype``.
+    ``states(sample_id, num_tokens)`` gives hidden_states ``[num_tokens, L*hidden]`` in ``dtype``; what ``capture`` adds
+    is random.
     """
     for folder in ("samples", "shards", "target"):
         make_folder(cache / folder)
@@ -78,7 +80,7 @@ def write_cache(
         target_layer_ids=target_layer_ids,
         dtype=dtype,
         codec=codec_named(codec).asked,
-        capture=Captures().to_dict(),
+        capture=(capture or Captures()).to_dict(),
         created_with={},
     )
     schema_bytes = begun.schema().raw.token_bytes
@@ -110,6 +112,9 @@ def write_cache(
             buffer.tensor("hidden_states")[rows] = states(sample_id, len(sample.input_ids))
             buffer.tensor("input_ids").numpy()[rows] = sample.input_ids
             buffer.tensor("loss_mask").numpy()[rows] = sample.loss_mask
+            for tensor in schema.captures:
+                into = buffer.tensor(tensor.name)[rows]
+                into.copy_(random_capture(sample_id, tuple(into.shape), into.dtype))
         kept = buffer.without(np.isin(shard.sample_ids, quarantined)) if quarantined else buffer
         if codec != "raw":
             kept = encode_buffer(kept, schema, None)
@@ -131,6 +136,14 @@ def _calibrated(
         kept = [states(i, n) for i, n in zip(ids.tolist(), lengths.tolist(), strict=True) if i not in quarantined]
         rows += [torch.cat(kept)[: share.rows]] if kept else []
     return codec.calibrated(torch.cat(rows), kind)
+
+
+def random_capture(sample_id: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Token ids, or numbers in descending order."""
+    generator = torch.Generator().manual_seed(sample_id)
+    if not dtype.is_floating_point:
+        return torch.randint(VOCAB, shape, generator=generator).to(dtype)
+    return torch.randn(shape, generator=generator).sort(dim=-1, descending=True).values.to(dtype)
 
 
 def write_large_cache(cache: Path, gib: float, *, hidden: int = 4096, longest: int = 4096) -> None:

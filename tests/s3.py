@@ -14,6 +14,7 @@ import boto3
 import pytest
 from botocore.config import Config
 from faulty_proxy import FaultyProxy
+from jobs import without_command
 
 SECRET = "a-secret-that-nobody-may-see-0123456789"
 _numbers = count()
@@ -72,11 +73,12 @@ def bucket(s3) -> str:
 
 
 def objects(s3, url: str) -> dict[str, bytes]:
-    """Every object below ``url`` by its name there."""
+    """Every object below ``url`` by its name there, as :func:`jobs.contents`."""
     name, _, prefix = url.removeprefix("s3://").partition("/")
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=name, Prefix=f"{prefix}/")
     keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-    return {key.removeprefix(f"{prefix}/"): s3.get_object(Bucket=name, Key=key)["Body"].read() for key in sorted(keys)}
+    found = {key.removeprefix(f"{prefix}/"): s3.get_object(Bucket=name, Key=key)["Body"].read() for key in sorted(keys)}
+    return {name: without_command(name, data) for name, data in found.items()}
 
 
 def put(s3, url: str, name: str, data: bytes) -> None:

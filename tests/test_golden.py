@@ -10,6 +10,7 @@ from make_golden_caches import read_alike
 
 from cache_format import CacheError, FeatureCache
 from cache_format.layout import manifest as manifest_module
+from cache_format.layout.captures import Captures
 from cache_format.layout.manifest import Manifest
 from cache_format.upkeep.verify import verify
 
@@ -17,8 +18,10 @@ GOLDEN = Path(__file__).parent / "golden"
 CACHES = sorted(path for path in GOLDEN.iterdir() if path.is_dir())
 
 
-def test_every_codec_has_one():
+def test_every_codec_and_capture_has_one():
     assert {path.name.split("-")[0] for path in CACHES} >= {"raw", "fp8", "zbits", "quant"}
+    captures = [manifest.capture for manifest in map(Manifest.read, CACHES)]
+    assert {name for capture in captures for name, value in capture.items() if value} == set(Captures().to_dict())
 
 
 @pytest.mark.parametrize("path", CACHES, ids=lambda path: path.name)

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 import types
 import typing
 from collections.abc import Mapping
@@ -131,6 +132,22 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """The command that began the cache; for people, not part of the identity."""
+
+    arguments: list[str]
+    """after ``dflash-cache``, as given, with ``***`` in place of what may be a secret"""
+    folder: str
+    """the working folder, from which relative paths count"""
+    paths: dict[str, str]
+    """each argument that is a path, as given -> absolute"""
+
+    def shell(self) -> str:
+        """To be run again from anywhere, as a shell takes it."""
+        return shlex.join(["cd", self.folder]) + " && " + shlex.join(["dflash-cache", *self.arguments])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """All of manifest.json. Immutable: a new state is a new manifest, committed over the old one."""
 
@@ -146,6 +163,8 @@ class Manifest:
     """see captures.py"""
     created_with: dict[str, str]
     """software versions of the run that began the cache; for information, not part of the identity"""
+    command: CommandLine | None = field(default=None, metadata=LATER)
+    """None: it was begun by no command line, or by an earlier version"""
     fingerprint: str = ""
     data: DataInfo | None = None
     totals: Totals | None = None
@@ -192,6 +211,15 @@ class Manifest:
     def torch_dtype(self) -> torch.dtype:
         """Stored dtype of hidden_states."""
         return torch_dtype(self.dtype)
+
+    @property
+    def run_again(self) -> str:
+        """What makes what is missing, for a message: ``run ...``."""
+        return (
+            "run the cache's `dflash-cache extract` command again"
+            if self.command is None
+            else (f"run its command again: {self.command.shell()}")
+        )
 
     def schema(self) -> ShardSchema:
         """What the cache's shards have in common."""

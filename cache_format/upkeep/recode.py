@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from cache_format.layout.index import INDEX_NAME, SHARDS_NAME
 from cache_format.layout.manifest import (
     MANIFEST_NAME,
     STATISTICS,
+    CommandLine,
     Manifest,
     codec_identity,
     require_same_identity,
@@ -65,7 +67,13 @@ class RecodeReport:
 
 
 def recode(
-    cache: FeatureCache, out: Path, codec_name: str, *, threads: int, progress: Callable[[int], None] = lambda n: None
+    cache: FeatureCache,
+    out: Path,
+    codec_name: str,
+    *,
+    threads: int,
+    progress: Callable[[int], None] = lambda n: None,
+    command: CommandLine | None = None,
 ) -> RecodeReport:
     """Write ``cache`` into folder ``out`` with another codec, or go on where an earlier run stopped.
 
@@ -77,6 +85,7 @@ def recode(
         codec_name: as ``--codec`` takes it, such as ``zbits`` or ``quant:fine``.
         threads: shards that are worked on at a time; each takes memory for two shards.
         progress: called with the source bytes of each shard that is done.
+        command: that asked for it, for the manifest.
 
     Raises:
         InputError: nothing to do, a lossy source, an ``out`` that cannot be used, or too little space.
@@ -86,7 +95,7 @@ def recode(
     """
     source = only_cache(cache)
     codec = chosen_codec(source, codec_name)
-    manifest = recoded_manifest(source.manifest, codec)
+    manifest = recoded_manifest(source.manifest, codec, command)
     _check_out(source, out, manifest)
     make_folder(out)
     with writing(out):
@@ -211,12 +220,13 @@ def _calibration_rows(source: OpenCache) -> torch.Tensor:
     return torch.cat(found) if found else torch.empty(0, source.manifest.width, dtype=source.manifest.torch_dtype)
 
 
-def recoded_manifest(source: Manifest, codec: Codec) -> Manifest:
+def recoded_manifest(source: Manifest, codec: Codec, command: CommandLine | None) -> Manifest:
     """Of the copy, before its shards are made; state extracting."""
     files = {name: info for name, info in source.files.items() if name not in (INDEX_NAME, SHARDS_NAME)}
     kept = {name: value for name, value in source.identity.items() if name != STATISTICS}
     identity = {**kept, **codec_identity(codec)}
-    return source.extracting(identity, codec=codec.to_dict(), files=files, quarantined=[], measured=None)
+    changes: dict[str, Any] = {"codec": codec.to_dict(), "quarantined": [], "measured": None, "command": command}
+    return source.extracting(identity, files=files, **changes)
 
 
 def _check_out(source: OpenCache, out: Path, manifest: Manifest) -> None:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from cache_format.layout.manifest import require_same_identity
+from cache_format.layout.manifest import CommandLine, require_same_identity
 from cache_format.layout.shard_layout import shard_name
 from cache_format.reading.feature_cache import FeatureCache, only_cache
 from cache_format.storage.commit import make_folder
@@ -35,6 +35,7 @@ def recode_to_store(
     threads: int,
     progress: Callable[[int], None] = lambda n: None,
     tell: Callable[[str], None] = lambda text: None,
+    command: CommandLine | None = None,
 ) -> RecodeReport:
     """:func:`cache_format.upkeep.recode.recode` to ``url``; ``scratch`` holds no more than ``threads`` shards.
 
@@ -42,7 +43,7 @@ def recode_to_store(
         DFlashCacheError: as there; what the store refuses too.
     """
     source = only_cache(cache)
-    manifest = recoded_manifest(source.manifest, chosen_codec(source, codec_name))
+    manifest = recoded_manifest(source.manifest, chosen_codec(source, codec_name), command)
     upload = Upload(Store(url), scratch)
     upload.refuse_foreign()
     stored = upload.manifest()

@@ -72,6 +72,22 @@ def plan_repair(cache: Path | str, problems: Iterable[Problem]) -> RepairPlan:
     return RepairPlan(set_aside=sorted({entry for name in aside if (entry := _own_entry(folder, name))}), state=state)
 
 
+def command_of(cache: Path | str) -> str:
+    """The command that made ``cache``, as a shell takes it, for a person who is to run it again."""
+    folder = open_folder(cache)
+    try:
+        folder.local(MANIFEST_NAME)
+        command = Manifest.read(folder.path).command
+    except CacheError:
+        command = None
+    if command is None:
+        return f"the extract command of {cache}"
+    place = str(cache) if isinstance(cache, str) and is_url(cache) else os.path.abspath(cache)
+    known = {*command.arguments, *command.paths.values()}
+    moved = "" if place in known else f" (with {place} in place of the OUT of then)"
+    return command.shell() + moved
+
+
 def _is_there(folder: Folder, name: str) -> bool:
     return name in folder.listing if isinstance(folder, StoreFolder) else os.path.lexists(folder.path / name)
 

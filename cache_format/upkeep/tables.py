@@ -45,7 +45,7 @@ class Tables:
         if (self.folder.path / MANIFEST_NAME).read_bytes() != self.manifest.to_bytes():
             yield Problem(file=MANIFEST_NAME, problem="is not written the way this format writes it; it was changed")
         if self.manifest.state != "complete":
-            run = "run the cache's `dflash-cache extract` command again"
+            run = self.manifest.run_again
             problem = f"is {self.manifest.state}, not complete; {run}"
             if self.manifest.totals is not None:
                 there = len(finished_shards(self.folder.names("shards")))

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from extractor.cli.command_line import this_command
 from extractor.cli.extract_options import data_sources
 from extractor.cli.option_groups import DataGroup, TokenizerGroup, flat
 from extractor.cli.options import (
@@ -86,6 +87,7 @@ def append(
         data=data_sources(given),
         append_to=first,
         strict_hardware=strict_hardware,
+        command=this_command(),
     )
 
     def list_it(report: ExtractReport) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from extractor.cli.command_line import this_command
 from extractor.cli.extract_options import extract_options
 from extractor.cli.option_groups import DataGroup, SamplesGroup, StatesGroup, TokenizerGroup, flat
 from extractor.cli.options import (
@@ -86,5 +88,6 @@ def extract(
     given = locals()
     from extractor.cli.run_job import Cluster, run_job
 
+    options = replace(extract_options(flat(given)), command=this_command())
     cluster = Cluster(engine=engine, address=address, num_workers=num_workers, gpus_per_worker=gpus_per_worker)
-    run_job(extract_options(flat(given)), devices=devices, cluster=cluster, as_json=as_json)
+    run_job(options, devices=devices, cluster=cluster, as_json=as_json)

@@ -10,6 +10,7 @@ import typer
 
 from cache_format.errors import CacheError, InputError
 from extractor import config
+from extractor.cli.command_line import this_command
 from extractor.cli.extract_options import destination
 from extractor.cli.options import Debug, Json, OneCache, Scratch, place
 from extractor.cli.output import show
@@ -65,14 +66,14 @@ def recode(
         done += num_bytes
         reporter.update(done)
 
-    where = destination(out, scratch)
+    where, command = destination(out, scratch), this_command()
     with Reporter("recode", total, "bytes") as reporter:
         if "url" in where:
             report = recode_to_store(
-                source, where["url"], where["out"], codec, threads=threads, progress=count, tell=say
+                source, where["url"], where["out"], codec, threads=threads, progress=count, tell=say, command=command
             )
         else:
-            report = run_recode(source, where["out"], codec, threads=threads, progress=count)
+            report = run_recode(source, where["out"], codec, threads=threads, progress=count, command=command)
     if as_json:
         show(json.dumps(asdict(report)))
         return

@@ -28,14 +28,14 @@ def repair(
     extract command, which makes just those. On a terminal it says what it will do and asks. Exit code 0: whole, or
     whole again; 1: now run the extract command; 2: could not run.
     """
-    from cache_format.upkeep.repair import plan_repair
+    from cache_format.upkeep.repair import command_of, plan_repair
     from cache_format.upkeep.repair import repair as run_repair
     from cache_format.upkeep.verify import verify as run_verify
 
     with or_could_not_run():
         with Reporter("verify", None, "bytes") as reporter:
             report = run_verify(cache, progress=lambda done, total: reporter.update(done))
-        plan = plan_repair(cache, report.problems)
+        plan, again = plan_repair(cache, report.problems), command_of(cache)
     if as_json:
         show(json.dumps({**asdict(report), "plan": asdict(plan), "dry_run": dry_run}))
     else:
@@ -54,6 +54,6 @@ def repair(
     if not dry_run:
         run_repair(cache, plan)
     if dry_run or plan.needs_extract:
-        todo = f"now run the extract command of {cache} again; it makes what is missing"
+        todo = "now run this again; it makes what is missing: " + again
         say("nothing was changed" if dry_run else todo)
         raise typer.Exit(EXIT_FAILED)

@@ -9,7 +9,7 @@ from typing import Any
 from cache_format.codecs import codec_from_dict
 from cache_format.errors import InputError
 from cache_format.layout.collection import collection_at
-from cache_format.layout.manifest import MANIFEST_NAME, Manifest, SourceInfo
+from cache_format.layout.manifest import MANIFEST_NAME, CommandLine, Manifest, SourceInfo
 from cache_format.layout.samples import BadRows
 from cache_format.layout.shard_layout import finished_shards, shard_name
 from cache_format.storage.folder import open_folder
@@ -108,6 +108,9 @@ def describe(summary: dict[str, Any]) -> str:
             lines.append(("SNR", ", ".join(f"layer {layer}: {snr:.1f} dB" for layer, snr in by_layer)))
     if summary["quarantined"]:
         lines.append(("quarantined", f"sample_id {', '.join(map(str, summary['quarantined']))}"))
+    if command := summary["command"]:
+        lines.append(("made by", CommandLine(**command).shell()))
+        lines += [(f"  {name}", f"is {path}") for name, path in command["paths"].items() if name != path]
     options = {k: v for k, v in summary["identity"].items() if not isinstance(v, dict | list)}
     lines += [(name, "default" if value is None else value) for name, value in options.items()]
     lines += [(f"made with {name}", version) for name, version in summary["created_with"].items()]

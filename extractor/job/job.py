@@ -268,6 +268,7 @@ class Job:
             codec=self.identity["codec"],
             capture=self.options.capture.to_dict(),
             created_with=software(self.device),
+            command=self.options.command,
         )
 
     def _make(self, manifest: Manifest) -> tuple[RunStats, Manifest]:
