@@ -166,20 +166,35 @@ def outcome(cache: Path, seed: int, expected: str) -> str:
         path.write_bytes(before)
 
 
-def run(cache: Path, seeds: range, keep: Path) -> Iterator[tuple[int, str, str]]:
-    """(seed, kind of file, outcome) of every seed; a child that dies is one finding, and the next child goes on."""
-    expected, done = exercise(cache), 0
+Case = Callable[[Path, int], tuple[Path, bytes, bool]]
+Outcome = Callable[[Path, int, str], str]
+
+
+def run(
+    cache: Path,
+    seeds: range,
+    keep: Path,
+    *,
+    case: Case = case,
+    outcome: Outcome = outcome,
+    expected: str | None = None,
+) -> Iterator[tuple[int, str, str]]:
+    """(seed, kind of file, outcome) of every seed; a child that dies is one finding, and the next child goes on.
+
+    ``case`` and ``outcome`` may be others than those of this file; ``expected`` is what ``outcome`` compares with.
+    """
+    expected, done = exercise(cache) if expected is None else expected, 0
     while done < len(seeds):
         some = seeds[done : done + FILES_A_CHILD]
-        results = list(_child(cache, some, expected))
+        results = list(_child(cache, some, expected, case, outcome))
         yield from results
         done += len(results)
         if len(results) < len(some):
-            yield _crashed(cache, some[len(results)], keep)
+            yield _crashed(cache, some[len(results)], keep, case)
             done += 1
 
 
-def _child(cache: Path, seeds: range, expected: str) -> Iterator[tuple[int, str, str]]:
+def _child(cache: Path, seeds: range, expected: str, case: Case, outcome: Outcome) -> Iterator[tuple[int, str, str]]:
     reading, writing = os.pipe()
     pid = os.fork()
     if not pid:
@@ -198,7 +213,7 @@ def _child(cache: Path, seeds: range, expected: str) -> Iterator[tuple[int, str,
     os.waitpid(pid, 0)
 
 
-def _crashed(cache: Path, seed: int, keep: Path) -> tuple[int, str, str]:
+def _crashed(cache: Path, seed: int, keep: Path, case: Case) -> tuple[int, str, str]:
     path, data, _ = case(cache, seed)
     kept = keep / f"{seed}-{path.name}"
     kept.write_bytes(data)
