@@ -115,14 +115,14 @@ def outcome(cache: Path, seed: int, expected: str) -> str:
         path.write_bytes(before)
 
 
-ORIGINAL: dict[Path, list[torch.Tensor]] = {}
-"""Of each sample, by cache."""
+ORIGINAL: list[torch.Tensor] = []
+"""States of each sample; children have them by the fork."""
 
 
 def samples_read_right(cache: Path, where: Path) -> str:
     """Whether a checked reader gives the original or an error that names the shard; "" where so."""
     opened = FeatureCache.open(cache, verify="sample")
-    for i, right in enumerate(next(iter(ORIGINAL.values()))):
+    for i, right in enumerate(ORIGINAL):
         for read in (lambda i=i: opened[i], lambda i=i: opened.batch([i])):
             try:
                 states = read().hidden_states
@@ -133,6 +133,15 @@ def samples_read_right(cache: Path, where: Path) -> str:
             if not torch.equal(states.view(torch.uint8), right.view(torch.uint8)):
                 return f"sample {i} is read to something else in silence"
     return ""
+
+
+def run(cache: Path, codec: str, dtype: str, seeds: range, keep: Path) -> list[tuple[int, str, str]]:
+    """Make a cache and mutate it: (seed, kind of file, outcome) of every seed."""
+    make(cache, codec, dtype)
+    opened = FeatureCache.open(cache, verify="sample")
+    ORIGINAL.clear()
+    ORIGINAL.extend(opened[i].hidden_states.clone() for i in range(len(opened)))
+    return list(fuzz.run(cache, seeds, keep, case=case, outcome=outcome, expected=read_all(opened, cache)))
 
 
 def main() -> None:
@@ -147,13 +156,8 @@ def main() -> None:
     for codec, dtype in kinds:
         with tempfile.TemporaryDirectory() as folder:
             cache = Path(folder) / "cache"
-            make(cache, codec, dtype)
-            opened = FeatureCache.open(cache, verify="sample")
-            ORIGINAL.clear()
-            ORIGINAL[cache] = [opened[i].hidden_states.clone() for i in range(len(opened))]
-            expected, table = read_all(opened, cache), Counter[str]()
-            seeds = range(args.seed, args.seed + each)
-            for seed, _, result in fuzz.run(cache, seeds, args.keep, case=case, outcome=outcome, expected=expected):
+            table = Counter[str]()
+            for seed, _, result in run(cache, codec, dtype, range(args.seed, args.seed + each), args.keep):
                 table[result.split()[0]] += 1
                 if result.startswith("FINDING"):
                     print(f"{codec} {dtype} seed {seed}: {result}")

@@ -73,7 +73,8 @@ def test_of_a_recoded_cache_it_is_recode(made, tmp_path, cli):
 
 def test_workers_keep_the_command_and_not_their_own(small_job, tmp_path):
     out = tmp_path / "cache"
-    commands.made(*small_job, "--out", out, "--devices", "cpu,cpu")
+    code, _, errors = commands.run(*small_job, "--out", out, "--devices", "cpu,cpu", before=commands.workers_by_fork)
+    assert code == 0, errors
     assert Manifest.read(out).command.arguments == [*small_job, "--out", str(out), "--devices", "cpu,cpu"]
 
 

@@ -9,11 +9,13 @@ import struct
 from contextlib import closing
 
 import fuzz
+import fuzz_codecs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_format import CacheError
+from cache_format.codecs import CODECS
 from cache_format.layout.safetensors_file import read_container
 from cache_format.storage.byte_source import LocalFile
 
@@ -31,6 +33,15 @@ def test_mutated_files(cache, tmp_path):
     assert [result for result in results if result[2].startswith("FINDING")] == []
     kinds = {kind for _, kind, _ in results}
     assert kinds == {"manifest.json", "index.arrow", "shards.arrow", "shards/", "samples/", "target/"}
+
+
+@pytest.mark.parametrize("codec", [name for name in CODECS if name != "raw"])
+def test_mutated_codec_streams(codec, tmp_path):
+    """The original, or an error that names the shard; the tables that all samples share are no exception."""
+    results = fuzz_codecs.run(tmp_path / "cache", codec, "bfloat16", range(60), tmp_path)
+    assert len(results) == 60
+    assert [result for result in results if result[2].startswith("FINDING")] == []
+    assert sum(result == "refused" for _, _, result in results) > 20
 
 
 def test_a_crash_of_the_interpreter_is_a_finding_and_not_the_end(cache, tmp_path, monkeypatch):

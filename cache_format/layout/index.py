@@ -192,14 +192,14 @@ def read_shards(path: Path, fingerprint: str) -> list[ShardRow]:
     return [ShardRow(*values) for values in zip(*columns, strict=True)]
 
 
-def read_shard_sizes(path: Path, fingerprint: str) -> tuple[np.ndarray, np.ndarray]:
-    """Of shards.arrow what opening a cache needs, int64 ``[num_shards]`` each: samples, and bytes of the file.
+def read_shard_facts(path: Path, fingerprint: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of shards.arrow what a reader needs, ``[num_shards]`` each: samples, bytes of the file, checksum (uint64).
 
     Raises:
         CacheError: missing, damaged, or of another cache.
     """
     batch = _read_shards(path, fingerprint)
-    return numbers(batch.column("samples")), numbers(batch.column("bytes"))
+    return tuple(numbers(batch.column(name)) for name in ("samples", "bytes", "checksum"))  # type: ignore[return-value]
 
 
 def _read_shards(path: Path, fingerprint: str) -> pa.RecordBatch:

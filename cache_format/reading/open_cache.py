@@ -17,7 +17,7 @@ import torch
 from cache_format.batch import DFlashTargetBatch
 from cache_format.codecs import RawCodec
 from cache_format.errors import CacheError, InputError, StorageError
-from cache_format.layout.index import INDEX_NAME, SHARDS_NAME, Index, read_index, read_shard_sizes, tables_from_shards
+from cache_format.layout.index import INDEX_NAME, SHARDS_NAME, Index, read_index, read_shard_facts, tables_from_shards
 from cache_format.layout.manifest import Manifest
 from cache_format.layout.samples import PreparedSamples, part_path
 from cache_format.layout.shard_layout import finished_shards, sample_hasher, shard_name
@@ -131,7 +131,8 @@ class OpenCache(BatchSource):
         number, start, length = int(index.shard[i]), int(index.row_start[i]), int(index.num_tokens[i])
         if not 0 <= number < self._shards.count:
             raise CacheError(f"{self.where}/{INDEX_NAME}", f"sample {i}: shard {number} does not exist")
-        shard = self.opened.get(number, self._shard_source)
+        check = self._shards.require_head if self._options["verify"] else None
+        shard = self.opened.get(number, self._shard_source, check)
         if length < 1 or start < 0 or start + length > shard.file.num_tokens:
             raise CacheError(f"{self.where}/{INDEX_NAME}", f"sample {i}: its rows are outside of shard {number}")
         return shard, start, start + length
@@ -160,6 +161,7 @@ class OpenCache(BatchSource):
     def _shard_source(self, number: int) -> ByteSource:
         def check(path: Path) -> None:
             with ShardFile(path, self.schema, number) as shard:
+                self._shards.require_head(shard)
                 for position, checksum in enumerate(shard.sample_checksums.tolist()):
                     if shard.computed_checksum(position) != checksum:
                         name = f"{self.where}/{shard_name(number)}"
@@ -220,9 +222,21 @@ class _Shards:
     count: int
     bytes: np.ndarray | None = None
     """of each; None where the tables are not there yet"""
+    checksums: np.ndarray | None = None
+    """the same: of each one's head"""
 
     def size(self, number: int) -> int | None:
         return None if self.bytes is None else int(self.bytes[number])
+
+    def require_head(self, shard: ShardFile) -> None:
+        """Whether what steers the decoding of a shard's samples is what was written; their checksums do not cover it.
+
+        Raises:
+            CacheError: it is not.
+        """
+        if self.checksums is not None and shard.head_checksum() != int(self.checksums[shard.number]):
+            problem = f"its head does not match its checksum in {SHARDS_NAME}; to mend it run `dflash-cache repair`"
+            raise CacheError(shard.where, f"{problem}, then the cache's extract command")
 
 
 def _folder(path: str | os.PathLike[str], options: Mapping[str, Any], small_files: Path | None) -> Folder:
@@ -243,7 +257,7 @@ def _read_tables(folder: Folder, manifest: Manifest) -> tuple[Index, _Shards]:
     if isinstance(folder, StoreFolder):
         for name in (SHARDS_NAME, INDEX_NAME):
             folder.checked(name, manifest.files.get(name))
-    stored, sizes = read_shard_sizes(folder.local(SHARDS_NAME), manifest.fingerprint)
+    stored, sizes, checksums = read_shard_facts(folder.local(SHARDS_NAME), manifest.fingerprint)
     index = read_index(folder.local(INDEX_NAME), manifest.fingerprint)
     samples = manifest.totals.samples - len(manifest.quarantined)
     if len(stored) != manifest.totals.shards or int(stored.sum()) != samples:
@@ -253,4 +267,4 @@ def _read_tables(folder: Folder, manifest: Manifest) -> tuple[Index, _Shards]:
     if len(index) != samples:
         raise CacheError(f"{folder.where}/{INDEX_NAME}", f"has {len(index):,} samples, the manifest {samples:,}")
     # A table's size of a local shard is not believed: the file says it.
-    return index, _Shards(len(stored), sizes if isinstance(folder, StoreFolder) else None)
+    return index, _Shards(len(stored), sizes if isinstance(folder, StoreFolder) else None, checksums)

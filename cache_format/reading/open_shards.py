@@ -23,13 +23,21 @@ MAX_OPEN_SHARDS = 128
 class OpenShard:
     """A checked shard and, where it is on this disk, its private memory map."""
 
-    def __init__(self, source: ByteSource, schema: ShardSchema, number: int):
-        """Open shard ``number`` and check it.
+    def __init__(
+        self, source: ByteSource, schema: ShardSchema, number: int, check: Callable[[ShardFile], None] | None = None
+    ):
+        """Open shard ``number`` and check it; ``check`` looks further.
 
         Raises:
             CacheError: it is damaged, or not this shard.
         """
         self.file = ShardFile(source, schema, number)
+        if check is not None:
+            try:
+                check(self.file)
+            except BaseException:
+                self.file.close()
+                raise
         self._map = source.map() if isinstance(source, LocalFile) else None
         if self._map is not None and len(self._map) != self.file.container.num_bytes:
             raise CacheError(source.where, "changed its size while it was opened")
@@ -66,8 +74,10 @@ class OpenShards:
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._opening: dict[int, threading.Lock] = {}
 
-    def get(self, number: int, source: Callable[[int], ByteSource]) -> OpenShard:
-        """Shard ``number``; if it is not open, from what ``source`` gives for it.
+    def get(
+        self, number: int, source: Callable[[int], ByteSource], check: Callable[[ShardFile], None] | None = None
+    ) -> OpenShard:
+        """Shard ``number``; if it is not open, from what ``source`` gives for it, and ``check`` has looked at.
 
         Raises:
             CacheError: it is missing, damaged, or not this shard.
@@ -82,7 +92,7 @@ class OpenShards:
             opening = self._opening.setdefault(number, threading.Lock())
         # One at a time for each shard, others meanwhile: it may have to be downloaded.
         with opening:
-            shard = self._open.get(number) or OpenShard(source(number), self._schema, number)
+            shard = self._open.get(number) or OpenShard(source(number), self._schema, number, check)
             with self._lock:
                 self._open[number] = shard
                 self._opening.pop(number, None)
