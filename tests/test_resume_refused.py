@@ -168,6 +168,7 @@ CASES = {
     "another plan": Case("plan", stored=0),
     "padding found otherwise": Case("padding", stored="another"),
     "a checkpoint dequantised": Case("parameters", stored="bfloat16 9"),
+    "another way to run quantised weights": Case("quantization", stored="another"),
     "another kernel for experts": Case("experts_implementation", stored="another"),
     "how a tokenizer splits": Case("tokenizer", target=special_tokens_split),
     "a field of a later version": Case("rope_override", stored="yarn"),
@@ -176,9 +177,9 @@ CASES = {
 
 def test_every_field_of_the_identity_has_a_case(whole):
     """A new field fails here until there is a case of it. ``samples`` has a test of its own."""
-    assert set(Manifest.read(whole).identity) | {"rope_override"} == {case.field for case in CASES.values()} | {
-        "samples"
-    }
+    assert set(Manifest.read(whole).identity) | {"rope_override", "quantization"} == {
+        case.field for case in CASES.values()
+    } | {"samples"}
 
 
 @pytest.fixture

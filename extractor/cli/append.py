@@ -66,6 +66,7 @@ def append(
     from extractor.config import PrepareOptions, TargetOptions, parse_columns
     from extractor.job.append import add_to_collection, first_cache, options_like, require_place_in_collection
     from extractor.job.report import ExtractReport
+    from extractor.target.gguf_file import joined_name
 
     first = first_cache(cache)
     require_place_in_collection(first, out)
@@ -76,7 +77,9 @@ def append(
     )
     options = options_like(
         stored,
-        target=TargetOptions(name=target or stored.target.name, **{name: given[name] for name in where}),
+        target=TargetOptions(
+            name=joined_name(target or stored.target.name, given["gguf_file"]), **{name: given[name] for name in where}
+        ),
         prepare=PrepareOptions(
             columns=parse_columns(data.columns),
             row_format=data.row_format,

@@ -78,6 +78,7 @@ def extract_options(arguments: dict[str, Any]) -> ExtractOptions:
         parse_columns,
         parse_size,
     )
+    from extractor.target.gguf_file import joined_name
     from extractor.target.layer_ids import parse_layer_ids
 
     def taken(*names: str) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def extract_options(arguments: dict[str, Any]) -> ExtractOptions:
     return ExtractOptions(
         **destination(arguments["out"], arguments.get("scratch")),
         target=TargetOptions(
-            name=arguments["target"],
+            name=joined_name(arguments["target"], arguments.get("gguf_file")),
             target_layer_ids=None if layers is None else tuple(parse_layer_ids(layers)),
             **taken("num_draft_layers", "dtype", "device", "attn_implementation", "revision", "trust_remote_code"),
             **taken(

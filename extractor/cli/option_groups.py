@@ -22,6 +22,7 @@ from extractor.cli.options import (
     DataRevision,
     Device,
     Dtype,
+    GgufFile,
     Limit,
     LossOn,
     MaxLength,
@@ -46,6 +47,7 @@ from extractor.cli.options import (
 class TokenizerGroup:
     """How the target's configuration and tokenizer are found."""
 
+    gguf_file: GgufFile = None
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
     chat_template: ChatTemplate = None

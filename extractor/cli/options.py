@@ -15,7 +15,18 @@ PANELS = ("Target", "Data", "Samples and loss mask", "States", "Speed", "Job")
 _TARGET, _DATA, _SAMPLES, _STATES, _SPEED, _JOB = PANELS
 
 Target = Annotated[
-    str, typer.Option(help="Hub id or local folder of the target LLM.", rich_help_panel=_TARGET, show_default=False)
+    str,
+    typer.Option(
+        help="Hub id or local folder of the target LLM, or a .gguf file.", rich_help_panel=_TARGET, show_default=False
+    ),
+]
+GgufFile = Annotated[
+    str | None,
+    typer.Option(
+        help="Which .gguf file of the folder or repository --target; its weights are dequantised.",
+        rich_help_panel=_TARGET,
+        show_default=False,
+    ),
 ]
 Data = Annotated[
     list[str],

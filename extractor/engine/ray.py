@@ -31,7 +31,8 @@ from extractor.job.plan import Plan
 from extractor.job.report import ExtractReport, progress_note
 from extractor.job.run_shards import DeviceMemoryError, NonFiniteError, RunStats, added
 from extractor.job.worker import Worker
-from extractor.target.load_target import resolve_dtype
+from extractor.target.load_target import load_config, resolve_dtype
+from extractor.target.quantised import method_of
 from extractor.terminal.progress import Reporter, say
 
 SHARDS_IN_HAND = 2
@@ -71,7 +72,10 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
         gpus = 0 if options.target.device == "cpu" else 1
     # The driver may have no device like the workers': what depends on it is settled here.
     device = torch.device(RAY_GPUS if gpus else "cpu")
-    target = replace(options.target, device=device.type, dtype=resolve_dtype(options.target.dtype, device))
+    config = load_config(options.target.name, options.target.revision, options.target.trust_remote_code)
+    # A quantised target's own dtype is its checkpoint's.
+    dtype = options.target.dtype if method_of(config) else resolve_dtype(options.target.dtype, device)
+    target = replace(options.target, device=device.type, dtype=dtype)
     name = f"ray {os.getpid()} {secrets.token_hex(8)}"
     with _opened(replace(options, target=replace(target, device="cpu")), Worker(job=name)) as job:
         destination = job.destination

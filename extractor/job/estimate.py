@@ -21,7 +21,8 @@ from extractor.data.prepare import prepare_rows
 from extractor.job.plan import Plan
 from extractor.job.report import bad_row_notes, dropped_note
 from extractor.target.layer_ids import chosen_layer_ids
-from extractor.target.load_target import TargetShape, load_config, load_tokenizer, resolve_device, resolve_dtype
+from extractor.target.load_target import TargetShape, load_config, load_tokenizer, resolve_device
+from extractor.target.quantised import run_dtype
 from extractor.terminal.progress import Reporter, say, size
 
 MAX_ROWS = 10_000
@@ -75,7 +76,7 @@ def estimate(options: ExtractOptions) -> Estimate:
     config = load_config(target.name, target.revision, target.trust_remote_code)
     shape = TargetShape.from_config(config)
     layer_ids = chosen_layer_ids(target, shape.num_hidden_layers)
-    dtype = resolve_dtype(target.dtype, resolve_device(target.device))
+    dtype = run_dtype(target, config, resolve_device(target.device))
     tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code, target.chat_template)
     source = open_source(options.data, options.prepare.limit)
     for note in filter(None, (one.note for one in source.sources)):

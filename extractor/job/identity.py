@@ -26,7 +26,7 @@ from extractor.terminal.progress import say
 PACKAGES = ("dflash-cache", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "zstandard")
 KERNELS = (
     *("accelerate", "triton", "kernels", "peft", "flash-attn", "flash-linear-attention", "causal-conv1d", "mamba-ssm"),
-    *("compressed-tensors", "bitsandbytes", "fbgemm-gpu", "numpy"),
+    *("compressed-tensors", "bitsandbytes", "fbgemm-gpu", "torchao", "gptqmodel", "optimum", "gguf", "numpy"),
 )
 """What transformers computes with where it is installed."""
 

@@ -47,7 +47,8 @@ from extractor.target.backend import TargetBackend
 from extractor.target.factors import named_factors
 from extractor.target.layer_ids import chosen_layer_ids
 from extractor.target.load_backend import load_backend
-from extractor.target.load_target import TargetShape, load_config, load_tokenizer, resolve_device, resolve_dtype
+from extractor.target.load_target import TargetShape, load_config, load_tokenizer, resolve_device
+from extractor.target.quantised import run_dtype
 from extractor.target.target_files import write_target_files
 from extractor.target.target_identity import identify_target
 from extractor.target.tensor_parallel import Group, joined, require_plan
@@ -139,8 +140,8 @@ class Job:
         self.timeline = Timeline(options.profile is not None)
         target = options.target
         self.device = resolve_device(target.device, worker.local_rank * target.devices)
-        self.dtype = resolve_dtype(target.dtype, self.device)
         self.config = load_config(target.name, target.revision, target.trust_remote_code)
+        self.dtype = run_dtype(target, self.config, self.device)
         self.shape = TargetShape.from_config(self.config)
         if target.tp_plan:
             require_plan(self.config)
@@ -342,7 +343,10 @@ class Job:
                 require_same_job(self.options.append_to, planned.identity)
             manifest = self.commit(planned)
             plan = self.plan(manifest, samples)
-        require_same_identity(self.where, manifest.identity, {**manifest.identity, **decided})
+        # What the target has not decided is not as it was, if it was there.
+        later = set(LATER_IDENTITY) - {"samples"}
+        as_before = {name: value for name, value in manifest.identity.items() if name not in later}
+        require_same_identity(self.where, manifest.identity, {**as_before, **decided})
         return manifest, plan, backend
 
     def _calibrated(
@@ -450,7 +454,7 @@ class Job:
         backend: TargetBackend,
     ) -> Manifest:
         """The manifest of state extracting; the target's folder is written first."""
-        tied, scale = write_target_files(self.folder, backend.embeddings, self.config, self.tokenizer)
+        tied, scale = write_target_files(self.folder, backend.embeddings, self.config, self.tokenizer, backend.dtype)
         factors = backend.factors or named_factors(self.config)
         if factors.head_problem:
             self.say(f"warning: the cache will have no LM head: {factors.head_problem}")

@@ -66,7 +66,8 @@ def load_backend(
     target.before_pass = None if group is None else group.announce
     if wanted.compile:
         target.compile()
-    return TransformersBackend(target, _padding_mode(target, longest), options.capture, embeddings)
+    padding = _padding_mode(target, longest, dtype)
+    return TransformersBackend(target, padding, options.capture, embeddings, dtype)
 
 
 def load_backend_of(
@@ -121,13 +122,19 @@ def load_backend_of(
     )
     model = model if adapter is None else with_adapter(model, adapter)
     target = HFDFlashTargetModel(model, manifest.target_layer_ids)
-    return TransformersBackend(target, manifest.identity["padding"] if backend == made_by else UNMASKED)
+    padding = manifest.identity["padding"] if backend == made_by else UNMASKED
+    return TransformersBackend(target, padding, dtype=manifest.torch_dtype)
 
 
-def _padding_mode(target: HFDFlashTargetModel, longest: int) -> str:
+def _padding_mode(target: HFDFlashTargetModel, longest: int, dtype: torch.dtype) -> str:
     try:
-        return padding_mode(target, longest)
+        return padding_mode(target, longest, dtype)
     except RuntimeError as error:
+        if "dtype" in str(error):
+            raise InputError(
+                f"--dtype {str(dtype).removeprefix('torch.')}: the target's parts do not fit together in it "
+                f"({str(error).splitlines()[0]}); pass the dtype of its checkpoint"
+            ) from error
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         raise InputError(

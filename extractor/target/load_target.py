@@ -16,6 +16,7 @@ from cache_format.device import CPU, accelerators, count, has_streams, parse, sy
 from cache_format.errors import InputError
 from extractor.config import TargetOptions
 from extractor.target.adapter import with_adapter
+from extractor.target.gguf_file import dequantising, gguf_options, place_and_file
 from extractor.target.unloaded import auto_class, require_experts, require_on_devices
 from extractor.terminal.progress import say
 
@@ -64,8 +65,10 @@ def load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any
     """
     from transformers import AutoConfig
 
-    _require_found(name, revision)
-    return _loaded(AutoConfig.from_pretrained, name, revision=revision, trust_remote_code=trust_remote_code)
+    place, file = place_and_file(name)
+    _require_found(place, revision)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, **gguf_options(file)}
+    return _loaded(AutoConfig.from_pretrained, place, **options)
 
 
 def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool, chat_template: Path | None = None) -> Any:
@@ -76,7 +79,9 @@ def load_tokenizer(name: str, revision: str | None, trust_remote_code: bool, cha
     """
     from transformers import AutoTokenizer
 
-    tokenizer = _loaded(AutoTokenizer.from_pretrained, name, revision=revision, trust_remote_code=trust_remote_code)
+    place, file = place_and_file(name)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, **gguf_options(file)}
+    tokenizer = _loaded(AutoTokenizer.from_pretrained, place, **options)
     if chat_template is not None:
         try:
             tokenizer.chat_template = chat_template.read_text()
@@ -106,7 +111,12 @@ def load_target(
     Raises:
         InputError: it cannot be loaded so; says why.
     """
+    place, file = place_and_file(name)
     options: dict[str, Any] = {"revision": revision, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    config = load_config(name, revision, trust_remote_code)
+    if file is not None:
+        # Reading the configuration out of such a file takes seconds.
+        options |= {**gguf_options(file), **dequantising(), "config": config}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if experts_implementation:
@@ -117,10 +127,12 @@ def load_target(
         options["device_map"] = {"": device}
     if tp_size:
         options["distributed_config"] = _tensor_parallel(tp_size)
-    kind = auto_class(load_config(name, revision, trust_remote_code))
+    kind = auto_class(config)
     try:
-        model: nn.Module = _loaded(kind.from_pretrained, name, **options)
-        model = model if device_map or tp_size else model.to(device)
+        model: nn.Module = _loaded(kind.from_pretrained, place, **options)
+        # Quantised weights are where the package that runs them wants them.
+        placed = device_map or tp_size or getattr(model, "hf_quantizer", None) is not None
+        model = model if placed else model.to(device)
     except torch.OutOfMemoryError:
         raise InputError(f"--target {name}: its weights do not fit on {device}; choose a larger --device") from None
     if device_map:
@@ -149,6 +161,11 @@ def load_wanted(target: TargetOptions, dtype: torch.dtype, device: torch.device,
     synchronize(device)
     seconds, loaded = time.perf_counter() - begun, sum(weight.nbytes for weight in model.parameters()) / 1e9
     say(f"loaded {loaded:.3g} GB of weights in {seconds:.1f} s, {loaded / seconds:.2g} GB/s")
+    if place_and_file(target.name)[1] is not None:
+        say(
+            f"{target.name}: its GGUF blocks are dequantised to {str(dtype).removeprefix('torch.')}; the states are "
+            "those of the weights as the file rounds them, which differ from those of the target it was made of"
+        )
     if target.experts_implementation:
         require_experts(model)
     return model if target.adapter is None else with_adapter(model, target.adapter)
@@ -227,9 +244,13 @@ def _loaded(load: Any, name: str, **options: Any) -> Any:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    # What reads a GGUF file raises whatever the bytes lead it to.
+    refused = Exception if "gguf_file" in options else (OSError, ValueError, ImportError, KeyError, RuntimeError)
     try:
         return load(name, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except refused as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "trust_remote_code" in str(error):
             reason = "it comes with code of its own; pass --trust-remote-code to run that"
@@ -237,4 +258,7 @@ def _loaded(load: Any, name: str, **options: Any) -> Any:
             reason = f"no such folder here; if you mean the hub: it cannot be had from there ({reason})"
         elif not Path(name).exists():
             reason = "no such folder"
+        elif "gguf_file" in options:
+            missing = "" if find_spec("gguf") else "; first pip install 'dflash-cache[gguf]'"
+            reason = f"{options['gguf_file']} cannot be read as GGUF ({reason}){missing}"
         raise InputError(f"--target {name}: {reason}") from error

@@ -9,15 +9,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cache_format.errors import StorageError
 from cache_format.layout.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, HEAD_BIAS, write_embeddings
 from cache_format.storage.commit import TEMPORARY_SUFFIX, committed, make_folder, write_all
+from extractor.target.quantised import dense_weight
 
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
-def write_target_files(cache: Path, model: Any, config: Any, tokenizer: Any) -> tuple[bool, float]:
-    """Fill target/, committing file by file.
+def write_target_files(
+    cache: Path, model: Any, config: Any, tokenizer: Any, dtype: torch.dtype = torch.float32
+) -> tuple[bool, float]:
+    """Fill target/, committing file by file. Quantised embeddings are written as what they stand for, in ``dtype``.
 
     Returns:
         Whether the embeddings are tied (lm_head.weight is then not stored again), and what the target multiplies
@@ -28,10 +33,10 @@ def write_target_files(cache: Path, model: Any, config: Any, tokenizer: Any) -> 
     """
     _commit_saved(cache / "target", config, tokenizer)
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tensors = {EMBED: embed.weight}
+    tensors = {EMBED: dense_weight(embed, dtype)}
     tied = head is not None and head.weight.data_ptr() == embed.weight.data_ptr()
     if head is not None and not tied:
-        tensors[HEAD] = head.weight
+        tensors[HEAD] = dense_weight(head, dtype)
     if head is not None and head.bias is not None:
         tensors[HEAD_BIAS] = head.bias
     write_embeddings(cache / EMBEDDINGS_NAME, tensors)

@@ -15,6 +15,7 @@ from cache_format.errors import CacheError, InputError
 from cache_format.storage.file_info import file_info
 from cache_format.storage.watched_file import WatchedFile
 from extractor.target.adapter import adapter_files, refuse_adapter_beside
+from extractor.target.gguf_file import place_and_file
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
@@ -68,14 +69,17 @@ def identify_target(
     Raises:
         InputError: a local folder without weights, or an adapter that would be used by chance.
     """
-    refuse_adapter_beside(name, revision)
+    place, gguf = place_and_file(name)
+    refuse_adapter_beside(place, revision)
     fields = {"config": _config_digest(config)}
-    folder, files = Path(name), _Watched()
+    folder, files = Path(place), _Watched()
     if folder.is_dir():
-        fields["weights"] = files.digest(folder, _weight_files(folder, config))
+        weights = _weight_files(folder, config) if gguf is None else [folder / gguf]
+        fields["weights"] = files.digest(folder, weights)
     else:
-        fields["weights"] = f"commit {getattr(config, '_commit_hash', None) or revision or 'unknown'}"
-    code = _code(name, revision, config, files) if trust_remote_code else ""
+        commit = f"commit {getattr(config, '_commit_hash', None) or revision or 'unknown'}"
+        fields["weights"] = commit if gguf is None else f"{commit} {gguf}"
+    code = _code(place, revision, config, files) if trust_remote_code else ""
     if code:
         fields["code"] = code
     if adapter is not None:

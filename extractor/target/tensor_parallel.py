@@ -27,7 +27,8 @@ from extractor.config import ExtractOptions, TargetOptions
 from extractor.target.deterministic import be_deterministic
 from extractor.target.hooks import HFDFlashTargetModel
 from extractor.target.layer_ids import chosen_layer_ids
-from extractor.target.load_target import TargetShape, load_config, load_wanted, resolve_device, resolve_dtype
+from extractor.target.load_target import TargetShape, load_config, load_wanted, resolve_device
+from extractor.target.quantised import run_dtype
 from extractor.target.transformers_backend import MASKED, UNMASKED, TransformersBackend
 
 _STOP, _LOAD, _PASS = range(3)
@@ -206,7 +207,7 @@ class Group:
         if target.deterministic:
             be_deterministic()
         config = load_config(target.name, target.revision, target.trust_remote_code)
-        dtype = torch_dtype(resolve_dtype(target.dtype, self.device))
+        dtype = torch_dtype(run_dtype(target, config, self.device))
         model = load_wanted(target, dtype, self.device, tp_size=self.size)
         whole_embeddings(model)
         layer_ids = chosen_layer_ids(target, TargetShape.from_config(config).num_hidden_layers)

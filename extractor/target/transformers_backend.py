@@ -24,6 +24,7 @@ from extractor.target.batch_budget import find_batch_tokens
 from extractor.target.factors import Factors, measured_factors
 from extractor.target.hooks import HFDFlashTargetModel
 from extractor.target.in_fact import decided_in_fact
+from extractor.target.quantised import is_quantised, other_dtype
 
 UNMASKED, MASKED = "unmasked", "masked"
 
@@ -44,6 +45,7 @@ class TransformersBackend(TargetBackend):
         padding: str,
         captures: Captures | None = None,
         embeddings: Any = None,
+        dtype: torch.dtype | None = None,
     ):
         """
         Args:
@@ -51,6 +53,7 @@ class TransformersBackend(TargetBackend):
             padding: ``unmasked`` or ``masked``, as :func:`extractor.target.padding.padding_mode` found it.
             captures: beside hidden_states.
             embeddings: whose input and output embeddings are whole; None: the target's own are.
+            dtype: of the states; None: of the input embedding. A quantised target that gives others is refused.
 
         Raises:
             InputError: captures that need an LM head, and the target has none or one too small.
@@ -58,8 +61,9 @@ class TransformersBackend(TargetBackend):
         if padding not in (UNMASKED, MASKED):
             raise ValueError(f"padding {padding!r} is not {UNMASKED} or {MASKED}")
         weight = target.get_input_embeddings().weight
-        super().__init__(target.target_layer_ids, weight.shape[1], weight.dtype, captures or Captures())
+        super().__init__(target.target_layer_ids, weight.shape[1], dtype or weight.dtype, captures or Captures())
         self.target, self.padding = target, padding
+        self._uncast = is_quantised(target.model) or weight.dtype != self.dtype
         self._embeddings = target.model if embeddings is None else embeddings
         ids = target.target_layer_ids
         self._last = ids.index(max(ids))
@@ -105,6 +109,7 @@ class TransformersBackend(TargetBackend):
 
         Raises:
             RuntimeError: a captured layer did not run.
+            InputError: a quantised target gives states of another dtype.
         """
         start = 0
         for part in _parts(lengths, self._limit):
@@ -120,6 +125,9 @@ class TransformersBackend(TargetBackend):
         written = set()
 
         def write(position: int, output: Tensor) -> None:
+            if self._uncast and output.dtype != out.dtype:
+                name = str(self.dtype).removeprefix("torch.")
+                raise other_dtype(str(getattr(self.target.model, "name_or_path", "")), name, output.dtype)
             out[:, position * width : (position + 1) * width].copy_(_rows(output, real))
             written.add(position)
             if position == self._last and self._head is None:

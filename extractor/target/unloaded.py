@@ -10,6 +10,7 @@ from torch import nn
 from cache_format.device import accelerators
 from cache_format.errors import InputError
 from extractor.config import TargetOptions
+from extractor.target.gguf_file import place_and_file
 
 
 def auto_class(config: Any) -> Any:
@@ -22,7 +23,8 @@ def auto_class(config: Any) -> Any:
 
 
 def require_runnable(target: TargetOptions, config: Any, dtype: torch.dtype) -> None:
-    """Refuse ``--experts-implementation`` for a target without experts and a ``--device-map`` that would offload.
+    """Refuse ``--experts-implementation`` for a target without experts, a ``--device-map`` that would offload, and a
+    GGUF file where nothing can read it.
 
     A target that cannot be built without its weights, or whose quantised weights have other sizes than its
     configuration tells, is left to :func:`require_experts` and :func:`require_on_devices` after loading.
@@ -30,6 +32,11 @@ def require_runnable(target: TargetOptions, config: Any, dtype: torch.dtype) -> 
     Raises:
         InputError: names the option.
     """
+    if place_and_file(target.name)[1] is not None and (target.backend == "vllm" or target.tp_plan):
+        option = "--tp-plan" if target.tp_plan else "--backend vllm"
+        raise InputError(
+            f"--target {target.name}: {option} takes no GGUF; leave it out, or give the target as safetensors"
+        )
     if target.experts_implementation is None and target.device_map is None:
         return
     model = _built(config, dtype, target.trust_remote_code)
