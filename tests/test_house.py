@@ -27,6 +27,7 @@ FLOORS = [
     ("layout",),
     ("writing", "reading"),
     ("upkeep", "export"),
+    ("adapters",),
     ("extractor.config", "extractor.terminal"),
     ("extractor.data",),
     ("extractor.target",),

@@ -19,7 +19,7 @@ from jobs import LAYER_IDS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cache_format import DFlashTargetBatch, FeatureCache
+from cache_format import DFlashTargetBatch, FeatureCache, InputError
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -91,38 +91,59 @@ def test_plain_pytorch(made, draft):
 class Recipe:
     """A stand-in for NeMo's TrainDFlashRecipe: the same seams, called in the same order, by the same names."""
 
-    def __init__(self, options: dict):
-        self.options = options
+    def __init__(self, cfg: types.SimpleNamespace):
+        self.cfg = cfg
 
     def setup(self) -> None:
-        self.device = torch.device("cpu")
+        self.device, self.compute_dtype = torch.device("cpu"), torch.float32
+        self.dist_env = types.SimpleNamespace(world_size=1)
         self.target_model = self._build_target_model({}, "target", None)
-        self.target_wrapper = self._build_target_wrapper(list(self.options["target_layer_ids"]))
+        assert self.target_model.config._attn_implementation == "sdpa"
+        self.target_wrapper = self._build_target_wrapper(list(self.cfg.target_layer_ids))
         module = sys.modules["nemo_automodel.recipes.llm.train_dflash"]
-        self.train_dataloader = module.build_eagle3_dataloader(data_path="unused", batch_size=4, shuffle=True)
-        self.draft: Draft = self.options["draft"]
+        options = {"seq_length": 256, "batch_size": 4, "shuffle_seed": 1, "packed_sequence_size": self.cfg.packed}
+        self.train_dataloader = module.build_eagle3_dataloader(data_path="unused", shuffle=True, **options)
+        self.val_dataloader = None
+        self.draft: Draft = self.cfg.draft
         self.embed, self.head = self.target_model.get_input_embeddings(), self.target_model.get_output_embeddings()
         self.optimizer = torch.optim.AdamW(self.draft.parameters(), lr=1e-2)
-        self.steps = len(self.train_dataloader)
+        self.steps, self._resume_epoch, self.evaluated = len(self.train_dataloader), 0, 0
+        if self.cfg.restore_from:
+            self._load_extra_state(self.cfg.restore_from)
+
+    def _save_extra_state(self, path: str, epoch: int) -> None:
+        (Path(path) / "meta.json").write_text(json.dumps(epoch))
+
+    def _load_extra_state(self, path: str) -> None:
+        self._resume_epoch = json.loads((Path(path) / "meta.json").read_text())
+
+    def _batches(self, dataloader):
+        for batch in dataloader:
+            batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+            target_batch = self.target_wrapper.generate_batch(**batch)
+            assert torch.equal(target_batch.input_ids, batch["input_ids"])
+            assert (target_batch.seq_lens is None) == (not self.cfg.packed)
+            yield target_batch
+
+    def _run_eval(self):
+        if self.val_dataloader is not None:
+            self.evaluated += sum(len(batch.input_ids) for batch in self._batches(self.val_dataloader))
 
     def run_train_validation_loop(self) -> None:
-        for epoch in range(2):
+        for epoch in range(self._resume_epoch, 2):
             self.train_dataloader.sampler.set_epoch(epoch)
-            steps = 0
-            for batch in self.train_dataloader:
-                steps += 1
-                batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-                target_batch = self.target_wrapper.generate_batch(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], loss_mask=batch["loss_mask"]
-                )
-                assert torch.equal(target_batch.input_ids, batch["input_ids"])
-                assert target_batch.position_ids is target_batch.seq_lens is target_batch.doc_remaining is None
-                states, mask = target_batch.hidden_states, target_batch.loss_mask
-                self.draft.loss(self.embed, self.head, target_batch.input_ids, states, mask).backward()
+            steps = len(self.train_dataloader)
+            for step, batch in enumerate(self._batches(self.train_dataloader)):
+                ids, states, mask = batch.input_ids, batch.hidden_states, batch.loss_mask
+                self.draft.loss(self.embed, self.head, ids, states, mask).backward()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            assert steps == self.steps
-        assert self.target_wrapper.target_layer_ids == self.options["target_layer_ids"], "it goes into checkpoints"
+                if step + 1 == self.cfg.stop_after:
+                    self._save_extra_state(self.cfg.folder, epoch=epoch)
+                    return
+            assert step + 1 == steps
+            self._run_eval()
+        assert self.target_wrapper.target_layer_ids == self.cfg.target_layer_ids, "it goes into checkpoints"
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **content: object) -> None:
@@ -137,27 +158,69 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **content: object) -> N
     vars(sys.modules[name]).update(content)
 
 
-def test_nemo_automodel(made, draft, monkeypatch):
-    options = {"draft": draft, "target_layer_ids": LAYER_IDS}
+@pytest.fixture
+def nemo(monkeypatch, draft):
+    """The stand-in in NeMo's place; gives its configuration."""
+    options = {"draft": draft, "target_layer_ids": LAYER_IDS, "packed": 0, "restore_from": "", "stop_after": None}
+    cfg = types.SimpleNamespace(**options)
+    cfg.get = lambda name, default: default
     stand_in(
         monkeypatch,
         "nemo_automodel.recipes.llm.train_dflash",
         TrainDFlashRecipe=Recipe,
         build_eagle3_dataloader=None,
-        parse_args_and_load_config=lambda path: options,
+        parse_args_and_load_config=lambda path: cfg,
     )
-    exec(loop("NeMo AutoModel", made), {})
-    check(draft, made, epochs=2)
-    options["target_layer_ids"] = [0, 2, 4]
-    with pytest.raises(AssertionError):
+    return cfg
+
+
+def test_nemo_automodel(made, draft, nemo):
+    names: dict = {}
+    exec(loop("NeMo AutoModel", made).replace("validation=0.02", "validation=0.25"), names)
+    recipe, cache = names["recipe"], FeatureCache.open(made)
+    held_out = cache.loader(1, split=("validation", 0.25))
+    assert recipe.evaluated == 2 * len(held_out) > 0
+    assert sum(draft.seen) == 2 * (cache.manifest.totals.tokens - sum(b.input_ids.numel() for b in held_out))
+    assert draft.has_learned()
+    with pytest.raises(InputError, match="other tokens"):
+        recipe.target_wrapper.generate_batch(input_ids=torch.zeros(1, 4, dtype=torch.int64))
+    nemo.target_layer_ids = [0, 2, 5]
+    with pytest.raises(InputError, match="layer 5 is not in this cache"):
         exec(loop("NeMo AutoModel", made), {})
+
+
+def test_nemo_goes_on_where_its_checkpoint_stood(made, draft, nemo, tmp_path):
+    from cache_format.adapters.nemo import from_cache
+
+    cache = FeatureCache.open(made)
+    nemo.folder, nemo.stop_after = str(tmp_path), 3
+    for nemo.restore_from in ("", str(tmp_path)):
+        recipe = from_cache(Recipe, cache)(nemo)
+        recipe.setup()
+        recipe.run_train_validation_loop()
+        nemo.stop_after = None
+    check(draft, made, epochs=2)
+
+
+def test_nemo_packs_and_takes_fewer_layers(made, nemo):
+    from cache_format.adapters.nemo import from_cache
+
+    cache = FeatureCache.open(made)
+    nemo.packed, nemo.target_layer_ids = 256, LAYER_IDS[:2]
+    nemo.draft = Draft(LAYER_IDS[:2], cache.hidden_size)
+    recipe = from_cache(Recipe, cache)(nemo)
+    recipe.setup()
+    recipe.run_train_validation_loop()
+    assert sum(nemo.draft.seen) == 2 * cache.manifest.totals.tokens
+    with pytest.raises(InputError, match="--capture last_hidden_states"):
+        from_cache(Recipe, cache, logits=True)
 
 
 class TrainBatch:
     """A stand-in for SpecForge's."""
 
-    def __init__(self, sample_ids: list[str], strategy: str, tensors: dict[str, Tensor]):
-        self.sample_ids, self.strategy, self.tensors = sample_ids, strategy, tensors
+    def __init__(self, sample_ids: list[str], strategy: str, tensors: dict[str, Tensor], metadata: dict):
+        self.sample_ids, self.strategy, self.tensors, self.metadata = sample_ids, strategy, tensors, metadata
 
 
 class Controller:
@@ -219,7 +282,7 @@ def test_nemo_automodel_itself(made, tiny_target, tmp_path):
     }
     (tmp_path / "dflash.yaml").write_text(json.dumps(options))
     script = tmp_path / "train_from_cache.py"
-    script.write_text(loop("NeMo AutoModel", made))
+    script.write_text(loop("NeMo AutoModel", made).replace("validation=0.02", "validation=0.0"))
     command = [sys.executable, script, "--config", tmp_path / "dflash.yaml"]
     environment = {**os.environ, "PYTHONPATH": str(README.parent)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)

@@ -132,6 +132,12 @@ class CacheLoader:
         """The epoch that is, or will next be, iterated over."""
         return self._epoch
 
+    @property
+    def steps_left(self) -> int:
+        """Steps that the next iteration has on this rank: of a whole epoch, or what a loaded state leaves of one."""
+        begun = self._done if self._resumed else 0
+        return num_steps(self._batches(), begun, self._options.world_size, self._options.drop_last)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration. Where none is chosen, each iteration is followed by the next epoch.
 
@@ -190,7 +196,7 @@ class CacheLoader:
         _require_from_zero("skip", steps)
         self._require_rest(f"skip({steps})")
         options, batches, begun = self._options, self._batches(), self._done if self._resumed else 0
-        left = num_steps(batches, begun, options.world_size, options.drop_last)
+        left = self.steps_left
         if steps > left:
             raise InputError(f"loader: skip({steps:,}), but {left:,} steps are left of epoch {self._epoch}")
         if steps:
