@@ -105,13 +105,13 @@ def made(*arguments: object, **environment: str) -> None:
 
 def workers_by_fork() -> None:
     """For ``before``: the processes that a command starts are forked, with the imports, and not started anew."""
-    import extractor.data.prepare
+    import extractor.data.process_pool
     import extractor.engine.local
 
     forking = multiprocessing.get_context("fork")
     forking.get_context = lambda _method: forking  # type: ignore[method-assign, assignment]
     extractor.engine.local.multiprocessing = forking  # type: ignore[assignment]
-    extractor.data.prepare.multiprocessing = forking  # type: ignore[assignment]
+    extractor.data.process_pool.multiprocessing = forking  # type: ignore[assignment]
 
 
 def ready_processes() -> Any:

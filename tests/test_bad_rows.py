@@ -18,6 +18,7 @@ from cache_format.layout.samples import BadRows, Dropped, PreparedSamples
 from extractor.config import DataOptions, PrepareOptions
 from extractor.data import bad_row as bad_row_module
 from extractor.data import prepare as prepare_module
+from extractor.data import process_pool
 from extractor.data.bad_row import BadRow, guarded
 from extractor.data.dataset import open_source
 from extractor.data.prepare import prepare, prepare_rows
@@ -127,7 +128,7 @@ def test_a_template_that_does_not_end_is_a_bad_row(
     forked = SimpleNamespace(
         get_context=lambda _method: multiprocessing.get_context("fork"), parent_process=multiprocessing.parent_process
     )
-    monkeypatch.setattr(prepare_module, "multiprocessing", forked)
+    monkeypatch.setattr(process_pool, "multiprocessing", forked)
     monkeypatch.setattr(prepare_module, "ROWS_PER_PART", 2)
     tokenizer = chat_tokenizer("tagged")
     tokenizer.chat_template = f"{{% if messages[0].content == 'bad' %}}{ENDLESS}{{% endif %}}{tokenizer.chat_template}"

@@ -26,6 +26,7 @@ from cache_format.errors import InputError, StorageError
 from cache_format.layout.samples import PreparedSamples, part_path, read_part
 from extractor.config import DataOptions, PrepareOptions
 from extractor.data import prepare as prepare_module
+from extractor.data import process_pool
 from extractor.data.dataset import RowSource, open_source
 from extractor.data.prepare import prepare, prepare_rows
 
@@ -180,7 +181,7 @@ def test_several_processes_write_the_same_bytes(
     kind: str, demo_jsonl: Path, tiny_target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind != "jsonl":
-        monkeypatch.setattr(prepare_module, "multiprocessing", commands.ready_processes())
+        monkeypatch.setattr(process_pool, "multiprocessing", commands.ready_processes())
     path = demo_jsonl
     if kind == "parquet":
         path = tmp_path / "demo.parquet"
@@ -202,7 +203,7 @@ def test_several_processes_write_the_same_bytes(
 def test_a_bad_row_fails_by_file_and_row_in_another_process(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "multiprocessing", commands.ready_processes())
+    monkeypatch.setattr(process_pool, "multiprocessing", commands.ready_processes())
     lines: list[Any] = [chat("a", "b")] * 200
     lines[150] = "{oops"
     rows = write(tmp_path / "x.jsonl", lines)
@@ -359,7 +360,7 @@ def test_a_stream_that_breaks_off_costs_no_finished_part(
 ) -> None:
     """A network that is gone after hours is not bad input: exit code 1, and the next run goes on."""
     job = [*job, "--streaming"]
-    monkeypatch.setattr("extractor.data.prepare._default_workers", lambda rows: 1)
+    monkeypatch.setattr("extractor.data.division.Division.processes", lambda *_: 1)
     assert cli("extract", *job, "--out", tmp_path / "whole")[0] == 0
 
     class BreaksOff:

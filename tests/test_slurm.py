@@ -14,6 +14,7 @@ from jobs import contents, on
 
 from cache_format.errors import InputError
 from extractor.config import DataOptions, ExtractOptions, TargetOptions
+from extractor.job import divided_preparation
 from extractor.job import job as job_module
 from extractor.job.worker import Worker
 
@@ -98,7 +99,7 @@ def test_a_task_that_fails_is_not_requeued(job, stand_ins, tmp_path):
 
 
 def test_a_worker_whose_leader_does_nothing_says_so(tiny_target, demo_jsonl, tmp_path, monkeypatch):
-    monkeypatch.setattr(job_module, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(divided_preparation, "PATIENCE_SECONDS", 1.0)
     options = ExtractOptions(
         out=tmp_path / "cache",
         target=TargetOptions(name=str(tiny_target), device="cpu", num_draft_layers=2),

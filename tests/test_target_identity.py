@@ -302,7 +302,7 @@ def test_streamed_rows_that_change_while_they_are_read_are_not_kept(job, cli, tm
     import extractor.data.prepare as prepare_module
 
     monkeypatch.setattr(prepare_module, "ROWS_PER_PART", 100)
-    monkeypatch.setattr(prepare_module, "_default_workers", lambda rows: 1)
+    monkeypatch.setattr("extractor.data.division.Division.processes", lambda *_: 1)
     rows = [json.dumps({"input_ids": [5, 6, 7, n % 99], "loss_mask": [1, 1, 1, 1]}) + "\n" for n in range(3000)]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(rows))

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from cache_format.errors import CacheError, InputError, MismatchError, StorageError
@@ -20,7 +21,7 @@ from cache_format.layout.index import INDEX_NAME, SHARDS_NAME, Part, shard_rows
 from cache_format.layout.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from cache_format.layout.shard_layout import ShardSchema, finished_shards, shard_name
 from cache_format.layout.shard_reader import ShardFile
-from cache_format.storage.commit import make_folder
+from cache_format.storage.commit import committed, make_folder
 from cache_format.storage.folder import StoreFolder
 from cache_format.storage.lock import LOCK_NAME
 from cache_format.storage.paths import inside
@@ -57,6 +58,8 @@ class Upload:
         self.store, self.scratch = store, scratch
         self._done: dict[int, int] = {}
         self._parts: dict[int, Part] = {}
+        self._up: set[str] = set()
+        """files that are up as they are in the scratch folder"""
         self._lock = threading.Lock()
         self.require_allowed: Callable[[], None] = lambda: None
         """raises where this job must not go on; called before each file"""
@@ -128,6 +131,31 @@ class Upload:
             (self.scratch / shard_name(number)).unlink()
         return [number for number in numbers if number not in self.shards]
 
+    def push(self, name: str) -> None:
+        """Upload one file that a manifest will name, before it is committed, for other workers to :meth:`bring`.
+
+        Raises:
+            StoreError: the store refused.
+        """
+        self.require_allowed()
+        self.store.upload(inside(self.scratch, name), name)
+        self._up.add(name)
+
+    def bring(self, name: str) -> None:
+        """Fetch a file that the scratch folder does not have, if it is up; what it says is for the caller to check.
+
+        Raises:
+            StoreError: the store refused.
+        """
+        path = inside(self.scratch, name)
+        size = None if path.exists() else self.store.size(name)
+        if size is None:
+            return
+        # It may be removed in between, which is as if it had not been there.
+        with suppress(CacheError), committed(path) as file:
+            self.store.fetch(name, Path(file.name), size)
+            self._up.add(name)
+
     def commit(self, manifest: Manifest) -> Manifest:
         """Upload the files that ``manifest`` names, then itself; gives the manifest that is there now.
 
@@ -189,7 +217,8 @@ class Upload:
 
     def _push(self, names: Iterable[str]) -> None:
         for name in names:
-            self.store.upload(inside(self.scratch, name), name)
+            if name not in self._up:
+                self.store.upload(inside(self.scratch, name), name)
 
     def _refuse_another(self, manifest: Manifest) -> None:
         there = self.manifest()

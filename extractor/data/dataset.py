@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, count, islice
 from pathlib import Path
@@ -188,17 +188,6 @@ class RowSource:
                 )
         columns = tuple((first, self.column_sets[number]) for number, first in enumerate(self.source_starts()))
         return Rows(first=start, raw=raw, column_sets=columns, places=tuple(self.places()))
-
-    def chunks(self, size: int, skip: Collection[int] = ()) -> Iterator[tuple[int, Rows]]:
-        """Every run of ``size`` rows with its number, but for the numbers in ``skip``."""
-        for number in count():
-            if self.num_rows is not None and number * size >= self.num_rows:
-                return
-            if number not in skip:
-                rows = self.read(number * size, (number + 1) * size)
-                if not rows:
-                    return
-                yield number, rows
 
     def places(self) -> list[tuple[int, str]]:
         """First row and name of each file; of a stream, of those reached so far."""

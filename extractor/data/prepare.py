@@ -1,22 +1,16 @@
 """Rows -> tokenised samples -> ``samples/``: filtered, counted, and committed part by part, in several processes.
 
 A part comes from ``ROWS_PER_PART`` consecutive rows and depends on them alone: finished parts are kept by a restart,
-and any number of processes writes the same bytes.
+and any number of processes, of any number of workers (see ``division.py``), writes the same bytes.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import AutoTokenizer
 
-from cache_format.errors import CacheError, DFlashCacheError, InputError
+from cache_format.errors import CacheError, InputError
 from cache_format.layout.samples import Dropped, PartInfo, Sample, part_path, read_part, write_part
 from cache_format.storage.commit import make_folder
 from extractor.config import PrepareOptions
@@ -32,8 +26,10 @@ from extractor.data.bad_row import BadRow, LeftOut, guarded
 from extractor.data.chat_template import ChatTemplate
 from extractor.data.conversation import Conversation, check_text, conversation_of, text_of
 from extractor.data.dataset import RawRow, Rows, RowSource, parse_row
+from extractor.data.division import ALL, Division
 from extractor.data.forms import FORMATS, Form, form_of, named_for
 from extractor.data.loss_mask import ConversationTokenizer, Encoded, Ids
+from extractor.data.process_pool import results
 from extractor.data.token_row import ids_of
 
 ROWS_PER_PART = 4096
@@ -230,6 +226,7 @@ def prepare(
     made_for: str = "",
     progress: Callable[[int, int | None, int], None] | None = None,
     num_workers: int | None = None,
+    division: Division = ALL,
 ) -> int:
     """Write the prepared samples of ``source`` into ``folder``, keeping whole parts that are there already.
 
@@ -243,9 +240,11 @@ def prepare(
         made_for: digest of all that decides the samples: source, tokenizer and options. Each part carries it.
         progress: called with (rows done, rows in all or None, samples kept) after every part.
         num_workers: processes; None: as many as there are cores, one for small data. Never changes a byte.
+        division: what of it is this worker's. The one that leads comes back when every part is there, another one
+            when its share is made or no longer wanted. A stream has no parts to divide: its leader makes them all.
 
     Returns:
-        Number of parts.
+        Number of parts there are (of a worker that does not lead: that it has made or found).
 
     Raises:
         InputError: as :func:`prepare_rows`.
@@ -253,41 +252,87 @@ def prepare(
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    leads = division.rank == 0
+    if source.num_rows is None and not leads:
+        return 0
     require_forms(source, tokenizer, options)
     make_folder(folder)
-    kept = _finished_parts(folder, source.num_rows, made_for)
-    rows_done, samples_kept = sum(rows for rows, _ in kept.values()), sum(samples for _, samples in kept.values())
+    parts = _Parts(folder, source, made_for, division)
+    parts.look()
     if progress:
-        progress(rows_done, source.num_rows, samples_kept)
-    parts = len(kept)
-    how = _How(tokenizer, options, made_for)
-    with closing(_written_parts(source, how, folder, kept.keys(), num_workers)) as written:
-        for rows, samples in written:
-            parts, rows_done, samples_kept = parts + 1, rows_done + rows, samples_kept + samples
+        progress(parts.rows, source.num_rows, parts.samples)
+    if num_workers is None:
+        missing = None if source.num_rows is None else source.num_rows - parts.rows
+        num_workers = division.processes(missing, ROWS_WORTH_A_PROCESS)
+    with closing(results(_write_rows, _How(tokenizer, options, made_for), parts.to_make(), num_workers)) as written:
+        for number, rows, samples in written:
+            division.made(number)
+            parts.count(rows, samples)
             if progress:
-                progress(rows_done, source.num_rows, samples_kept)
-    _remove_parts_from(folder, parts)
-    return parts
+                progress(parts.rows, source.num_rows, parts.samples)
+    if leads:
+        _remove_parts_from(folder, parts.number)
+    return parts.number
 
 
-def _finished_parts(folder: Path, num_rows: int | None, made_for: str) -> dict[int, tuple[int, int]]:
-    """Part number -> (rows, samples) of the whole parts in ``folder`` that were made for the same.
+class _Parts:
+    """The parts in ``folder``: which are there, and which this worker has to make."""
 
-    A shorter last part counts only where the number of rows is known.
-    """
-    finished = {}
-    for path in folder.glob("samples-*.arrow"):
-        number = path.stem.removeprefix("samples-")
-        if not (number.isascii() and number.isdigit()) or path != part_path(folder, int(number)):
-            continue
-        first = int(number) * ROWS_PER_PART
+    def __init__(self, folder: Path, source: RowSource, made_for: str, division: Division):
+        self.number = self.rows = self.samples = 0
+        """parts that are known to be there, the rows they cover, the samples in them"""
+        self._folder, self._source, self._made_for, self._division = folder, source, made_for, division
+        self._kept: set[int] = set()
+
+    def count(self, rows: int, samples: int) -> None:
+        """One more is there."""
+        self.number, self.rows, self.samples = self.number + 1, self.rows + rows, self.samples + samples
+
+    def look(self) -> None:
+        """Keep what is whole of this worker's share, and remove the rest of it: what appears later is whole."""
+        for path in sorted(self._folder.glob("samples-*.arrow")):
+            digits = path.stem.removeprefix("samples-")
+            number = int(digits) if digits.isascii() and digits.isdigit() else -1
+            if number % self._division.world_size != self._division.rank and self._division.rank:
+                continue
+            if path == part_path(self._folder, max(number, 0)) and self._keep(number, thorough=True):
+                self._kept.add(number)
+            else:
+                path.unlink(missing_ok=True)
+
+    def to_make(self) -> Iterator[tuple[Path, int, Rows]]:
+        """File, number and rows of each part that is not there when its turn comes."""
+        num_rows = self._source.num_rows
+        numbers = count() if num_rows is None else self._division.order(-(-num_rows // ROWS_PER_PART))
+        for number in numbers:
+            if number in self._kept:
+                continue
+            if not self._division.wanted():
+                return
+            brought = not part_path(self._folder, number).exists()
+            self._division.bring(number)
+            if self._keep(number, thorough=brought):
+                continue
+            rows = self._source.read(number * ROWS_PER_PART, (number + 1) * ROWS_PER_PART)
+            if not rows:
+                return
+            yield part_path(self._folder, number), number, rows
+
+    def _keep(self, number: int, *, thorough: bool) -> bool:
+        """Count the part of this number if it is there, whole and made for the same.
+
+        A shorter last part counts only where the number of rows is known. ``thorough``: look at every sample.
+        """
         with suppress(CacheError):
-            batch, info = read_part(path)
-            stop = first + ROWS_PER_PART if num_rows is None else min(first + ROWS_PER_PART, num_rows)
-            same = (info.first_row, info.stop_row, info.made_for) == (first, stop, made_for)
-            if same and first < stop and _digests_match(batch):
-                finished[int(number)] = (stop - first, batch.num_rows)
-    return finished
+            batch, info = read_part(part_path(self._folder, number))
+            first, stop = number * ROWS_PER_PART, (number + 1) * ROWS_PER_PART
+            if self._source.num_rows is not None:
+                stop = min(stop, self._source.num_rows)
+            same = (info.first_row, info.stop_row, info.made_for) == (first, stop, self._made_for)
+            if same and first < stop and (not thorough or _digests_match(batch)):
+                self.count(stop - first, batch.num_rows)
+                return True
+        return False
 
 
 def _digests_match(batch: pa.RecordBatch) -> bool:
@@ -311,78 +356,8 @@ class _How:
     made_for: str
 
 
-def _write_rows(rows: Rows, how: _How, path: Path) -> tuple[int, int]:
-    """Write one part; (rows, samples) of it."""
+def _write_rows(how: _How, path: Path, number: int, rows: Rows) -> tuple[int, int, int]:
+    """Write one part; its number, rows and samples."""
     samples, dropped = prepare_rows(rows, how.tokenizer, how.options)
     write_part(path, samples, PartInfo.of(rows.first, rows.first + len(rows), dropped, how.made_for))
-    return len(rows), len(samples)
-
-
-def _written_parts(
-    source: RowSource, how: _How, folder: Path, skip: Collection[int], num_workers: int | None
-) -> Generator[tuple[int, int], None, None]:
-    """Write the missing parts in order, in this process or in others; (rows, samples) of each."""
-    chunks = ((part_path(folder, number), rows) for number, rows in source.chunks(ROWS_PER_PART, skip))
-    missing = None if source.num_rows is None else source.num_rows - len(skip) * ROWS_PER_PART
-    workers = _default_workers(missing) if num_workers is None else num_workers
-    if workers <= 1:
-        for path, rows in chunks:
-            yield _write_rows(rows, how, path)
-        return
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(how,)
-    )
-    pending: deque[Future[tuple[int, int]]] = deque()
-    try:
-        for path, rows in chunks:
-            if len(pending) > workers:
-                yield pending.popleft().result()
-            with _interrupts_held():
-                pending.append(pool.submit(_work, rows, path))
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise DFlashCacheError(
-            "a preparing process ended unexpectedly (out of memory?); run the same command again, "
-            "finished parts are kept"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Processes started meanwhile never see Ctrl-C (the mask is inherited): the main process alone acts on it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _default_workers(rows: int | None) -> int:
-    cores = len(os.sched_getaffinity(0))
-    return cores if rows is None else max(1, min(cores, rows // ROWS_WORTH_A_PROCESS))
-
-
-# -- in a worker process ----------------------------------------------------------------------------------------------
-
-_worker: _How
-
-
-def _start_worker(how: _How) -> None:
-    """Keep what every part needs, and end with the main process even where that is killed."""
-    global _worker
-    _worker = how
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _work(rows: Rows, path: Path) -> tuple[int, int]:
-    return _write_rows(rows, _worker, path)
+    return number, len(rows), len(samples)

@@ -74,7 +74,7 @@ def extract_on(devices: Sequence[str], options: ExtractOptions) -> ExtractReport
     job = f"{os.getpid()} {secrets.token_hex(8)}"
     processes: dict[Connection, BaseProcess] = {}
     for rank, device in enumerate(devices):
-        worker = Worker(rank=rank, world_size=len(devices), job=job)
+        worker = Worker(rank=rank, world_size=len(devices), job=job, local_size=len(devices))
         mine, theirs = context.Pipe(duplex=False)
         arguments = (replace(options, target=replace(options.target, device=device)), worker, theirs)
         # Not a daemon: those may not have processes of their own, as an engine of vLLM has.

@@ -73,7 +73,15 @@ class Destination(ABC):
 
     @abstractmethod
     def parts_seen(self) -> int:
-        """Parts of the prepared samples that can be seen there: a sign of life of the worker that makes them."""
+        """Parts of the prepared samples that can be seen there: a sign of life of the workers that make them."""
+
+    @abstractmethod
+    def bring_part(self, number: int) -> None:
+        """Have a part of the prepared samples in ``folder`` if it is not there and another worker has made it."""
+
+    @abstractmethod
+    def part_made(self, number: int) -> None:
+        """Let the other workers have a part of the prepared samples that was made in ``folder``."""
 
     @abstractmethod
     def commit(self, manifest: Manifest) -> Manifest:

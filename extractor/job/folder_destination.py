@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cache_format.errors import CacheError
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
 from cache_format.layout.shard_layout import ShardSchema, shard_name
 from cache_format.storage.commit import make_folder
@@ -38,7 +39,13 @@ class FolderDestination(Destination):
 
     def manifest(self) -> Manifest | None:
         """See :class:`Destination`."""
-        return Manifest.read(self.folder) if (self.folder / MANIFEST_NAME).exists() else None
+        path = self.folder / MANIFEST_NAME
+        try:
+            return Manifest.read(self.folder) if path.exists() else None
+        except CacheError:
+            if path.exists():
+                raise
+            return None  # taken back in between
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -62,6 +69,12 @@ class FolderDestination(Destination):
         """See :class:`Destination`."""
         return len(list((self.folder / "samples").glob("*.arrow")))
 
+    def bring_part(self, number: int) -> None:
+        """See :class:`Destination`; it is there."""
+
+    def part_made(self, number: int) -> None:
+        """See :class:`Destination`; they see it."""
+
     def commit(self, manifest: Manifest) -> Manifest:
         """See :class:`Destination`."""
         manifest.write(self.folder)
@@ -70,8 +83,9 @@ class FolderDestination(Destination):
     def forget(self) -> None:
         """See :class:`Destination`."""
         if not any((self.folder / "shards").iterdir()):
-            shutil.rmtree(self.folder / "samples")
-            (self.folder / MANIFEST_NAME).unlink()
+            # The manifest first: it tells the other workers to stop, which may yet write a part.
+            (self.folder / MANIFEST_NAME).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "samples", ignore_errors=True)
 
     def has_shard(self, number: int) -> bool:
         """See :class:`Destination`."""

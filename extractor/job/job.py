@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from extractor.data.prepare import form_of_source, prepare
 from extractor.job.append import require_same_job
 from extractor.job.calibrate import calibration_rows
 from extractor.job.destination import Destination
+from extractor.job.divided_preparation import await_plan, division_of
 from extractor.job.folder_destination import FolderDestination
 from extractor.job.identity import compare_hardware, inputs_identity, samples_identity, software, template_date
 from extractor.job.kept_window import begin_window, run_window
@@ -54,9 +55,6 @@ from extractor.target.target_identity import identify_target
 from extractor.target.tensor_parallel import Group, joined, require_plan
 from extractor.target.unloaded import require_runnable
 from extractor.terminal.progress import Reporter, say
-
-PATIENCE_SECONDS = 30 * 60.0
-"""How long a worker waits for the leading one without seeing it make anything."""
 
 
 def extract(
@@ -203,7 +201,7 @@ class Job:
             InputError: the leading worker does not make anything.
         """
         if not self.worker.leads:
-            self._await_plan()
+            await_plan(self.destination, self.worker.rank, self._prepare_share)
         self.destination.begin()
         if not (self.folder / MANIFEST_NAME).exists():
             return self.commit(self._begin())
@@ -229,26 +227,6 @@ class Job:
             run=stats,
             complete=manifest.state == "complete",
         )
-
-    def _await_plan(self) -> None:
-        """Until the leading worker has prepared the samples and planned the shards.
-
-        Raises:
-            InputError: it has not made anything for half an hour.
-        """
-        seen, since = 0, time.monotonic()
-        while (manifest := self.destination.manifest()) is None or manifest.state == "preparing":
-            made = self.destination.parts_seen()
-            if made != seen:
-                seen, since = made, time.monotonic()
-            if time.monotonic() - since > PATIENCE_SECONDS:
-                raise InputError(
-                    f"{self.where}: worker {self.worker.rank} has waited {PATIENCE_SECONDS / 60:.0f} minutes for "
-                    "worker 0 to prepare the samples and has not seen it make any; look at its output, then start all "
-                    "again. Where preparing takes long, run the command with one worker first, and stop it once "
-                    "shards are made"
-                )
-            time.sleep(self.destination.poll_seconds)
 
     def _begin(self) -> Manifest:
         shape = self.shape
@@ -414,20 +392,30 @@ class Job:
                 self.say(source.note)
         total = self.source.num_rows
         with Reporter("prepare", total, "rows") as reporter:
-            parts = prepare(
-                self.source,
-                self.tokenizer,
-                self.prepare_options,
-                self.folder / "samples",
-                made_for=samples_identity(self.identity),
-                progress=lambda done, _, kept: reporter.update(done, f"{kept:,} samples"),
-            )
+            parts = self._prepare_parts(lambda done, _, kept: reporter.update(done, f"{kept:,} samples"))
         samples = PreparedSamples(self.folder / "samples", parts)
         if not len(samples):
             why = "; ".join([dropped_note(samples.dropped), *bad_row_notes(samples.dropped.bad_rows)])
             raise InputError(f"{self.source.name}: no sample is left to extract; dropped rows: {why}")
         self.say_prepared(samples)
         return samples
+
+    def _prepare_parts(self, progress: Callable[[int, int | None, int], None] | None = None) -> int:
+        return prepare(
+            self.source,
+            self.tokenizer,
+            self.prepare_options,
+            self.folder / "samples",
+            made_for=samples_identity(self.identity),
+            progress=progress,
+            division=division_of(self.worker, self.destination),
+        )
+
+    def _prepare_share(self, manifest: Manifest) -> None:
+        """Of a worker that does not lead; what is wrong with the rows, the leading one meets too, and says."""
+        self.require_same_inputs(manifest)
+        with suppress(InputError):
+            self._prepare_parts()
 
     def say_prepared(self, samples: PreparedSamples) -> None:
         """What became of the rows."""

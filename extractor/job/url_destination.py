@@ -11,6 +11,7 @@ import numpy as np
 
 from cache_format.errors import CacheError
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
+from cache_format.layout.samples import part_path
 from cache_format.layout.shard_layout import ShardSchema, shard_name
 from cache_format.storage.commit import make_folder
 from cache_format.storage.lease import leased
@@ -70,8 +71,19 @@ class UrlDestination(Destination):
         self.upload.pull()
 
     def parts_seen(self) -> int:
-        """See :class:`Destination`; they are uploaded all at once."""
-        return 0
+        """See :class:`Destination`."""
+        return len(self._parts_there())
+
+    def _parts_there(self) -> list[str]:
+        return [name for name in self.upload.store.list() if name.startswith("samples/")]
+
+    def bring_part(self, number: int) -> None:
+        """See :class:`Destination`."""
+        self.upload.bring(part_path(Path("samples"), number).as_posix())
+
+    def part_made(self, number: int) -> None:
+        """See :class:`Destination`."""
+        self.upload.push(part_path(Path("samples"), number).as_posix())
 
     def commit(self, manifest: Manifest) -> Manifest:
         """See :class:`Destination`."""
@@ -81,7 +93,8 @@ class UrlDestination(Destination):
         """See :class:`Destination`."""
         FolderDestination(self.folder, None).forget()
         if not (self.folder / MANIFEST_NAME).exists() and not self.upload.shards:
-            self.upload.store.remove(MANIFEST_NAME)
+            for name in (MANIFEST_NAME, *self._parts_there()):
+                self.upload.store.remove(name)
 
     def has_shard(self, number: int) -> bool:
         """See :class:`Destination`."""

@@ -22,6 +22,8 @@ class Worker:
     """the same text in all workers of a job, and in no other job; None: alone"""
     local_rank: int = 0
     """among the workers of this machine: picks the CUDA device where --device is auto"""
+    local_size: int = 1
+    """workers that share the cores of this machine; 1 where each was given cores of its own, as srun does"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -29,7 +31,7 @@ class Worker:
 
     @property
     def leads(self) -> bool:
-        """Whether this worker prepares the samples and begins the cache; the others wait for it."""
+        """Whether this worker begins the cache, sees to it that all samples are prepared, and plans the shards."""
         return self.rank == 0
 
     def share(self, numbers: Iterable[int]) -> list[int]:
@@ -50,6 +52,7 @@ class Worker:
                 rank=number("RANK", 0),
                 world_size=number("WORLD_SIZE", 1),
                 local_rank=number("LOCAL_RANK", 0),
+                local_size=max(1, number("LOCAL_WORLD_SIZE", 1)),
                 job="torchrun " + ":".join(environment.get(name, "") for name in names),
             )
         tasks = number("SLURM_NTASKS", 1) if "SLURM_STEP_ID" in environment else 1
