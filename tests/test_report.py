@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import numpy as np
 import pytest
 import synthetic_cache
 import torch
+from jobs import contents
 from PIL import Image
 from s3 import upload_folder
 
 from cache_format import FeatureCache
 from cache_format.layout.shard_layout import shard_name
+from cache_format.storage.store import Store
 from extractor.report.chosen_samples import choose_tokens
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -232,14 +235,17 @@ def test_what_extract_and_verify_said(cli, made, hostile, tmp_path):
     assert cli("report", made, "--with", tmp_path / "none.json")[0] == 2
 
 
-def test_a_cache_at_a_url(cli, bucket, s3, made, monkeypatch):
-    monkeypatch.setattr("cache_format.storage.store.RETRY_SECONDS", 0.1, raising=False)
+def test_a_cache_at_a_url(cli, bucket, s3, made):
     upload_folder(s3, bucket, made)
     there, here = report_of(cli, bucket, "--samples", "30"), report_of(cli, made, "--samples", "30")
     for name in ("states", "samples", "codecs", "browsed", "dropped", "identity", "looked_at_shards"):
         assert there[name] == here[name], name
     assert there["verified"]["whole"]
-    assert there["job"]["throughput"] is None
+    assert there["job"]["planned_shards"] == here["job"]["planned_shards"]
+    times = Store(bucket).times()
+    assert set(times) == set(contents(made))
+    assert all(abs(time.time() - when) < 600 for when in times.values())
+    assert there["job"]["throughput"] or "of one moment" in there["job"]["why_no_throughput"]
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,6 +109,15 @@ class Store:
             name: "-".join(str(info[key]).strip('"') for key in known if info.get(key))
             for name, info in self._listed().items()
         }
+
+    def times(self) -> dict[str, float]:
+        """Every file below the folder whose time the listing has: name -> seconds since 1970, of its upload.
+
+        Raises:
+            StoreError: the store refused.
+        """
+        found = {name: info.get("LastModified") or info.get("mtime") for name, info in self._listed().items()}
+        return {name: when.timestamp() for name, when in found.items() if isinstance(when, datetime)}
 
     def _listed(self) -> dict[str, dict[str, Any]]:
         """Every file below the folder, as the store's library describes it."""

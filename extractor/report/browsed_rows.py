@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cache_format.reading.feature_cache import FeatureCache
+from cache_format.reading.open_cache import OpenCache
 from extractor.data.stretches import stretches
 from extractor.terminal.learned_text import Stretch, printable
 
@@ -56,7 +56,7 @@ def choose_rows(num_tokens: np.ndarray, num_loss_tokens: np.ndarray, samples: np
 
 
 def browse(
-    cache: FeatureCache,
+    cache: OpenCache,
     tokenizer: Any,
     samples: Iterable[int],
     sources: Mapping[int, str],
@@ -83,9 +83,11 @@ def browse(
     return rows
 
 
-def _row(cache: FeatureCache, tokenizer: Any, i: int, sources: Mapping[int, str]) -> BrowsedRow:
-    sample, sample_id = cache[i], int(cache.index.sample_id[i])
-    ids, mask = sample.input_ids[0].numpy(), sample.loss_mask[0].numpy()
+def _row(cache: OpenCache, tokenizer: Any, i: int, sources: Mapping[int, str]) -> BrowsedRow:
+    sample_id = int(cache.index.sample_id[i])
+    # Not cache[i]: its states are not wanted, and at a URL would be fetched.
+    shard, start, stop = cache.locate(i)
+    ids, mask = (shard.rows(name, start, stop).numpy().astype(np.int64) for name in ("input_ids", "loss_mask"))
     cut = len(ids) > FIRST_TOKENS + LAST_TOKENS
     begin = FIRST_TOKENS if cut else len(ids)
     return BrowsedRow(

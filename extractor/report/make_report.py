@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
-from cache_format.codecs import RawCodec, States, codec_from_dict
+from cache_format.codecs import States, codec_from_dict
 from cache_format.errors import CacheError, DFlashCacheError, StorageError
 from cache_format.layout.manifest import MANIFEST_NAME, DataInfo, Manifest
 from cache_format.layout.samples import PartInfo, part_path, read_part
 from cache_format.layout.shard_layout import finished_shards, shard_name
 from cache_format.reading.feature_cache import FeatureCache, only_cache
 from cache_format.reading.open_cache import OpenCache
-from cache_format.storage.folder import LocalFolder, open_folder
+from cache_format.storage.folder import LocalFolder, StoreFolder, open_folder
 from cache_format.upkeep.verify import verify
 from extractor.job.show import place, stored_tokenizer
 from extractor.report.browsed_rows import BrowsedRow, browse, choose_rows
-from extractor.report.chosen_samples import choose_samples, choose_tokens
+from extractor.report.chosen_samples import choose_samples
 from extractor.report.codec_trial import MOST_BYTES, CodecTrial, try_codecs
 from extractor.report.dropped_rows import DroppedRows, dropped_rows
 from extractor.report.findings import (
@@ -36,12 +37,10 @@ from extractor.report.findings import (
 )
 from extractor.report.given_results import Given, Ran, Verified
 from extractor.report.job_figures import JobFigures, padding, size_histogram, throughput
+from extractor.report.read_states import read_states
 from extractor.report.sample_figures import SampleFigures, sample_figures
 from extractor.report.state_figures import SampleStates, StateFigures, Summing
 from extractor.terminal.progress import Reporter, say
-
-MOST_STATE_BYTES = 2 << 30
-"""Of states that are read: a report takes seconds to a minute, however wide the states are."""
 
 MOST_PARTS_AT_URL = 64
 """Of samples/, 20 MB each or so, that are fetched to say which rows samples came from."""
@@ -121,7 +120,7 @@ def make_report(where: Path | str, samples: int, given: Given | None = None) -> 
     sources, parts = _rows_of(opened, {int(cache.index.sample_id[i]) for i in to_browse}, manifest.data)
     dropped = dropped_rows(manifest.data, parts)
     tokenizer, no_text = _tokenizer(cache)
-    browsed = _browsed(cache, tokenizer, to_browse, sources, looked)
+    browsed = _browsed(opened, tokenizer, to_browse, sources, looked)
     job = _job_figures(opened)
     verified = given.verified or _verified(where, opened, job.shards)
     findings = [
@@ -196,38 +195,29 @@ class _Looked:
 
 
 def _look(cache: FeatureCache, chosen: np.ndarray) -> _Looked:
-    """At states of samples, in the order given, until 2 GiB are read; a damaged shard is noted and passed over."""
-    manifest, shard_of = cache.manifest, cache.index.shard
+    """At states of samples; a damaged shard is noted and passed over."""
+    manifest = cache.manifest
     states = States(manifest.torch_dtype, len(manifest.target_layer_ids), manifest.hidden_size)
     summing = Summing(manifest.target_layer_ids, manifest.hidden_size)
-    by_row = isinstance(codec_from_dict(manifest.codec), RawCodec) and isinstance(cache.folder, LocalFolder)
-    room, shards, tried, unreadable = MOST_STATE_BYTES, [], [], {}
+    shards: set[int] = set()
+    unreadable: dict[int, str] = {}
+    tried: list[Tensor] = []
     tried_room = MOST_BYTES if codec_from_dict(manifest.codec).lossless else 0
     with Reporter("report", len(chosen), "samples") as reporter:
-        for done, i in enumerate(chosen.tolist()):
-            shard, length = int(shard_of[i]), int(cache.index.num_tokens[i])
-            places = choose_tokens(length)
-            room -= (len(places) if by_row else length) * states.row_bytes
-            if room < 0 and summing.samples:
-                break
-            if shard in unreadable:
+        for done, read in enumerate(read_states(cache, chosen), 1):
+            if read.rows is None:
+                unreadable[read.shard] = read.problem
                 continue
-            try:
-                rows = cache[i].hidden_states[0][torch.from_numpy(places)]
-            except (CacheError, StorageError) as error:
-                unreadable[shard] = str(error)
-                continue
-            summing.add(SampleStates(int(cache.index.sample_id[i]), places, rows.unflatten(1, (states.layers, -1))))
-            shards.append(shard)
+            summing.add(SampleStates(read.sample_id, read.places, read.rows.unflatten(1, (states.layers, -1))))
+            shards.add(read.shard)
             if tried_room > 0:
-                tried.append(rows)
-                tried_room -= rows.numel() * rows.itemsize
-            reporter.update(done + 1)
-    trials = try_codecs(torch.cat(tried), states) if tried else []
+                tried.append(read.rows)
+                tried_room -= read.rows.numel() * read.rows.itemsize
+            reporter.update(done)
     return _Looked(
         states=summing.figures() if summing.samples else None,
-        shards=sorted(set(shards)),
-        trials=trials,
+        shards=sorted(shards),
+        trials=try_codecs(torch.cat(tried), states) if tried else [],
         tried_on=sum(map(len, tried)),
         findings=[Finding(level="wrong", text=f"cannot be read: {why}") for why in unreadable.values()],
         unreadable=set(unreadable),
@@ -294,7 +284,7 @@ def _tokenizer(cache: FeatureCache) -> tuple[Any, str]:
 
 
 def _browsed(
-    cache: FeatureCache, tokenizer: Any, samples: Sequence[int], sources: dict[int, str], looked: _Looked
+    cache: OpenCache, tokenizer: Any, samples: Sequence[int], sources: dict[int, str], looked: _Looked
 ) -> list[BrowsedRow]:
     readable = [i for i in samples if int(cache.index.shard[i]) not in looked.unreadable]
     with Reporter("report", len(readable), "texts") as reporter:
@@ -327,15 +317,20 @@ def _job_figures(cache: OpenCache) -> JobFigures:
         sizes=counts,
         padding=padding(index, batch_tokens) if isinstance(batch_tokens, int) and len(index) else None,
         throughput=over_time,
-        why_no_throughput=why or ("" if over_time else f"too few shards ({len(finished):,})"),
+        why_no_throughput=why or ("" if over_time else f"too few shards ({len(finished):,}), or all of one moment"),
         created_with=manifest.created_with,
     )
 
 
 def _commit_times(cache: OpenCache, shards: Sequence[int]) -> tuple[np.ndarray | None, str]:
-    if not isinstance(cache.folder, LocalFolder):
-        return None, "a store's listing is not asked for times"
-    return np.asarray([cache.folder.local(shard_name(number)).stat().st_mtime for number in shards]), ""
+    names = [shard_name(number) for number in shards]
+    if isinstance(cache.folder, LocalFolder):
+        return np.asarray([cache.folder.local(name).stat().st_mtime for name in names]), ""
+    assert isinstance(cache.folder, StoreFolder)
+    times = cache.folder.store.times()
+    if not set(names) <= set(times):
+        return None, "the store does not say when files were uploaded"
+    return np.asarray([times[name] for name in names]), ""
 
 
 def _verified(where: Path | str, cache: OpenCache, shards: int) -> Verified | None:
