@@ -30,6 +30,7 @@ OnBadRow = Literal["fail", "skip"]
 OnNonfinite = Literal["fail", "quarantine"]
 Engine = Literal["local", "ray"]
 TpPlan = Literal["auto"]
+DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 ExpertsImplementation = Literal["eager", "batched_mm", "grouped_mm"]
 Backend = Literal["transformers", "vllm"]
 ExportLayout = Literal["specforge", "speculators", "modelopt", "deepspec", "nemo-dspark", "angelslim"]
@@ -105,6 +106,8 @@ class TargetOptions:
 
     def __post_init__(self) -> None:
         _require_choice("--dtype", self.dtype, Dtype)
+        if self.device_map is not None:
+            _require_choice("--device-map", self.device_map, DeviceMap)
         if self.tp_plan not in (None, "auto"):
             raise InputError(f"--tp-plan {self.tp_plan!r}: the only plan is auto, transformers' own")
         if self.tp_plan and self.device_map:
@@ -389,5 +392,5 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].upper() not in _UNITS:
-        raise InputError(f"{text!r} is not a size; write bytes or a unit, such as 512MiB or 2GB")
+        raise InputError(f"--shard-size {text!r}: is not a size; write bytes or a unit, such as 512MiB or 2GB")
     return int(float(match[1]) * _UNITS[match[2].upper()])

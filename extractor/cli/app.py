@@ -19,6 +19,7 @@ from cache_format import __version__
 from cache_format.errors import DFlashCacheError, InputError, MismatchError, StorageError
 from cache_format.storage.lock import LockedError
 from extractor.cli.append import append
+from extractor.cli.command import Command, Group
 from extractor.cli.estimate import estimate
 from extractor.cli.exit_codes import EXIT_COULD_NOT_START, EXIT_FAILED
 from extractor.cli.export import export
@@ -42,7 +43,8 @@ def _show_version(wanted: bool) -> None:
 
 
 app = typer.Typer(
-    add_completion=False,
+    cls=Group,
+    add_completion=True,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -67,16 +69,12 @@ def _options(
 
 
 for command in (preview, estimate, extract, append, inspect, show, report, verify, repair, export, recode):
-    app.command()(spread(command))
+    app.command(cls=Command)(spread(command))
 
 
 def main() -> None:
     """Entry point of the console command."""
     debug = "--debug" in sys.argv
-    if not sys.stderr.isatty():
-        # The libraries' own progress bars would fill a log file; ours writes a line now and then.
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     to_go_on = f"what was finished is kept. To go on: {shlex.join(['dflash-cache', *sys.argv[1:]])}"
     try:
         with stoppable(to_go_on):

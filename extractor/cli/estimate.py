@@ -28,6 +28,8 @@ def estimate(
     """Bytes, shards and tokens of a cache, from the data and the target's config; no weights are loaded.
 
     Up to 10,000 rows are tokenised; larger data is estimated from rows spread evenly over it.
+
+    Example: dflash-cache estimate --target Qwen/Qwen3-8B --data train.jsonl
     """
     given = locals()
     from extractor.job.estimate import describe

@@ -83,7 +83,7 @@ def extract(
 ) -> None:
     """Run the target over the data and write the cache. The same command again resumes it.
 
-    Example: dflash-cache extract --target Qwen/Qwen3-8B --data train.jsonl --out /data/cache
+    Example: dflash-cache extract --target Qwen/Qwen3-8B --data train.jsonl --out cache
     """
     given = locals()
     from extractor.cli.run_job import Cluster, run_job

@@ -9,7 +9,10 @@ from extractor.cli.output import show
 
 
 def inspect(cache: Cache, as_json: Json = False, debug: Debug = False) -> None:
-    """What a cache holds and how it was made; reads the manifest alone. Of a collection, a line for each cache."""
+    """What a cache holds and how it was made; reads the manifest alone. Of a collection, a line for each cache.
+
+    Example: dflash-cache inspect /data/cache
+    """
     from extractor.job.inspect import describe, describe_collection, summarise, summarise_collection
 
     collection = summarise_collection(cache)

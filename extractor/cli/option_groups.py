@@ -17,6 +17,7 @@ from extractor.cli.options import (
     ChatTemplateKwargs,
     Codec,
     Columns,
+    ConfigFile,
     Data,
     DataConfig,
     DataRevision,
@@ -24,11 +25,13 @@ from extractor.cli.options import (
     Dtype,
     GgufFile,
     Limit,
+    LogFile,
     LossOn,
     MaxLength,
     MinLossTokens,
     NumDraftLayers,
     OnBadRow,
+    Quiet,
     Revision,
     RowFormat,
     ShardSize,
@@ -40,7 +43,10 @@ from extractor.cli.options import (
     TooLong,
     TrustRemoteCode,
     Turns,
+    Verbose,
 )
+from extractor.terminal.others import hush_others
+from extractor.terminal.voice import Voice, speak
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +102,16 @@ class StatesGroup:
     batch_tokens: BatchTokens = "8192"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommonGroup:
+    """Of every command; ``spread`` adds them."""
+
+    config: ConfigFile = None
+    quiet: Quiet = False
+    verbose: Verbose = False
+    log_file: LogFile = None
+
+
 GROUPS = (TokenizerGroup, DataGroup, SamplesGroup, StatesGroup)
 
 
@@ -108,16 +124,23 @@ def flat(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """``command``, with the fields of each parameter that is a group as options of their own in its signature."""
+    """``command``, with the fields of each parameter that is a group as options of their own in its signature, and the
+    options that every command has.
+    """
     signature = inspect.signature(command, eval_str=True)
     groups = {name: p.annotation for name, p in signature.parameters.items() if p.annotation in GROUPS}
     options: list[inspect.Parameter] = []
     for parameter in signature.parameters.values():
         group = groups.get(parameter.name)
         options += [_as_option(group, one) for one in fields(group)] if group else [parameter]
+    options += [_as_option(CommonGroup, one) for one in fields(CommonGroup)]
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
+        common = {f.name: given.pop(f.name) for f in fields(CommonGroup)}
+        voice = Voice(quiet=common["quiet"], verbose=common["verbose"], log_file=common["log_file"])
+        speak(voice)
+        hush_others(voice)
         taken = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
         command(**taken, **given)
 

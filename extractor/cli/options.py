@@ -9,9 +9,9 @@ import typer
 
 from cache_format.errors import InputError
 from extractor import config
+from extractor.cli.command import take_config
+from extractor.cli.shown import PANELS
 
-PANELS = ("Target", "Data", "Samples and loss mask", "States", "Speed", "Job")
-"""Of the help, in the order in which one thinks of them."""
 _TARGET, _DATA, _SAMPLES, _STATES, _SPEED, _JOB = PANELS
 
 Target = Annotated[
@@ -273,10 +273,10 @@ GpusPerWorker = Annotated[
     ),
 ]
 DeviceMap = Annotated[
-    str | None,
+    config.DeviceMap | None,
     typer.Option(
-        help="auto: divide a target that is too large for one device over all of them, layer by layer (needs the "
-        "package accelerate).",
+        help="Divide a target that is too large for one device over all of them, layer by layer; the ways are "
+        "accelerate's, and auto is what one wants.",
         rich_help_panel=_SPEED,
         show_default=False,
     ),
@@ -416,5 +416,37 @@ Scratch = Annotated[
         show_default=False,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Report as JSON on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Report as JSON on stdout.", rich_help_panel=_JOB)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=_JOB)]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="YAML file with options of this command, such as max-length: 2048; the command line wins.",
+        rich_help_panel=_JOB,
+        show_default=False,
+        is_eager=True,
+        callback=take_config,
+    ),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Say only errors and warnings; no progress.", rich_help_panel=_JOB)
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="A line of progress every 5 seconds instead of every minute where there is no terminal, and what "
+        "transformers and datasets have to say.",
+        rich_help_panel=_JOB,
+    ),
+]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Add all that is said to this file, with the time; also with --quiet.",
+        rich_help_panel=_JOB,
+        show_default=False,
+    ),
+]

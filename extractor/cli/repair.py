@@ -27,6 +27,8 @@ def repair(
     Verifies every byte first. Damaged tables are rebuilt from the shards; damaged shards are made again by the cache's
     extract command, which makes just those. On a terminal it says what it will do and asks. Exit code 0: whole, or
     whole again; 1: now run the extract command; 2: could not run.
+
+    Example: dflash-cache repair /data/cache --dry-run
     """
     from cache_format.upkeep.repair import command_of, plan_repair
     from cache_format.upkeep.repair import repair as run_repair

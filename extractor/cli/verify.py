@@ -114,6 +114,8 @@ def verify(
     By default every byte is read and checked, so it takes as long as reading the cache (the estimate is shown). Lists
     every problem it finds, of a collection in each of its caches. Exit code 0: whole, as far as it was checked; 1:
     damaged or unfinished; 2: could not run.
+
+    Example: dflash-cache verify /data/cache --quick
     """
     from cache_format.layout.collection import listed_at
     from extractor.job.worker import Worker

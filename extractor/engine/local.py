@@ -22,6 +22,7 @@ from extractor.job.run_shards import RunStats, added
 from extractor.job.worker import Worker
 from extractor.terminal.progress import Reporter, say
 from extractor.terminal.signals import Stopped, stoppable
+from extractor.terminal.voice import Voice, speak, voice
 
 SECONDS_TO_STOP = 8.0
 """How long workers may take to stop before they are killed; any instant is safe."""
@@ -76,7 +77,7 @@ def extract_on(devices: Sequence[str], options: ExtractOptions) -> ExtractReport
     for rank, device in enumerate(devices):
         worker = Worker(rank=rank, world_size=len(devices), job=job, local_size=len(devices))
         mine, theirs = context.Pipe(duplex=False)
-        arguments = (replace(options, target=replace(options.target, device=device)), worker, theirs)
+        arguments = (replace(options, target=replace(options.target, device=device)), worker, voice(), theirs)
         # Not a daemon: those may not have processes of their own, as an engine of vLLM has.
         processes[mine] = context.Process(target=_work, args=arguments, name=f"worker {rank} ({device})")
         processes[mine].start()
@@ -90,6 +91,7 @@ def extract_on(devices: Sequence[str], options: ExtractOptions) -> ExtractReport
 def _follow(processes: dict[Connection, BaseProcess]) -> ExtractReport:
     running, stats = dict(processes), {pipe: RunStats() for pipe in processes}
     leader, begun = next(iter(processes)), set[Connection]()
+    shares: dict[Connection, int] = {}
     todo, dead, last = 0, [], None
     with Reporter("extract", None, "tokens") as reporter:
         while running:
@@ -110,10 +112,11 @@ def _follow(processes: dict[Connection, BaseProcess]) -> ExtractReport:
                     raise value
                 if what == "todo":
                     begun.add(pipe)
-                    todo += value
+                    todo, shares[pipe] = todo + value, value
                     reporter.total = todo
                 elif what == "stats":
                     stats[pipe] = value
+                    reporter.worker(processes[pipe].name, value.tokens, shares.get(pipe), progress_note(value))
                     total = added(stats.values())
                     reporter.update(total.tokens, progress_note(total))
                 else:
@@ -140,8 +143,9 @@ def _stop(processes: list[BaseProcess]) -> None:
             process.kill()
 
 
-def _work(options: ExtractOptions, worker: Worker, pipe: Connection) -> None:
+def _work(options: ExtractOptions, worker: Worker, told: Voice, pipe: Connection) -> None:
     """A worker process: one extraction's share, its progress and its end sent through ``pipe``."""
+    speak(told)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     sent = 0.0
 

@@ -267,6 +267,8 @@ class _Fleet:
     def _show(self, seconds: float) -> None:
         up = sum(seat.state == "working" for seat in self._seats)
         total = self._total(seconds)
+        for number, seat in enumerate(self._seats):
+            self._reporter.worker(f"worker {number}", seat.stats.tokens, None, seat.state)
         self._reporter.update(total.tokens, f"{up} of {len(self._seats)} workers, {progress_note(total)}")
         if not any(seat.state != "pending" for seat in self._seats):
             if time.monotonic() - self._said > _SAY_EVERY_SECONDS:

@@ -31,10 +31,8 @@ class ExtractReport:
 def progress_note(stats: RunStats) -> str:
     """What a line of progress says beside the tokens."""
     seconds = max(stats.seconds, 1e-9)
-    return (
-        f"{compact(stats.samples)} samples, {compact(stats.tokens / seconds)} tok/s, "
-        f"{stats.bytes / seconds / 1e9:.2f} GB/s"
-    )
+    padding = 100 * (1 - stats.tokens / stats.padded_tokens) if stats.padded_tokens else 0.0
+    return f"{compact(stats.tokens / seconds)} tok/s, {stats.bytes / seconds / 1e9:.2f} GB/s, pad {padding:.1f}%"
 
 
 def dropped_note(dropped: Mapping[str, int]) -> str:

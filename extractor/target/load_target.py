@@ -18,6 +18,7 @@ from extractor.config import TargetOptions
 from extractor.target.adapter import with_adapter
 from extractor.target.gguf_file import dequantising, gguf_options, place_and_file
 from extractor.target.unloaded import auto_class, require_experts, require_on_devices
+from extractor.terminal.others import no_bar_of_transformers
 from extractor.terminal.progress import say
 
 
@@ -127,6 +128,7 @@ def load_target(
         options["device_map"] = {"": device}
     if tp_size:
         options["distributed_config"] = _tensor_parallel(tp_size)
+    no_bar_of_transformers()
     kind = auto_class(config)
     try:
         model: nn.Module = _loaded(kind.from_pretrained, place, **options)

@@ -1,54 +1,61 @@
-"""Progress of long work: a live bar on a terminal, a plain line every few seconds elsewhere. Always to stderr."""
+"""Progress of long work: live bars on a terminal, a plain line a minute elsewhere. Always to stderr."""
 
 from __future__ import annotations
 
 import sys
 import time
-from contextlib import suppress
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
-from extractor.terminal.learned_text import printable
+from extractor.terminal.voice import log, say, voice
 
-LINE_EVERY_SECONDS = 10.0
+LONGEST_BAR = 40
+"""columns"""
 
 
 class Reporter:
-    """Shows how far a piece of work is: ``update(done, note)`` as often as one likes, ``close()`` at its end."""
+    """Shows how far a piece of work is: ``update(done, note)`` as often as one likes, ``close()`` at its end.
+
+    On a terminal a line with a bar for the whole, and one for each of its workers; with ``--quiet`` nothing.
+    """
 
     def __init__(self, title: str, total: int | None, unit: str):
         """``total`` units of work, None where unknown."""
         self.title, self.total, self.unit = title, total, unit
-        self.started = self._last = time.monotonic()
+        self._began = self._last = time.monotonic()
         self._first: int | None = None
         self._done, self._note = 0, ""
-        self._bar: Progress | None = None
-        if sys.stderr.isatty():
-            self._bar = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description} {task.fields[note]}", table_column=Column(no_wrap=True)),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._task = self._bar.add_task(title, total=total, note="")
+        self._bar = _bar() if sys.stderr.isatty() and not voice().quiet else None
+        self._workers: dict[str, TaskID] = {}
+        if self._bar:
+            self._task = self._bar.add_task(title, total=total, line="")
             self._bar.start()
 
     def update(self, done: int, note: str = "") -> None:
         """``done`` units so far (those found done at the first call do not count for the speed)."""
-        if self._first is None:
-            self._first = done
-        self._done, self._note = done, note
         now = time.monotonic()
+        if self._first is None:
+            self._first, self._began = done, now
+        self._done, self._note = done, note
         if self._bar:
-            self._bar.update(self._task, completed=done, note=self._line())
-        elif now - self._last >= LINE_EVERY_SECONDS:
+            self._bar.update(self._task, completed=done, total=self.total, line=self._line())
+        if now - self._last >= voice().line_every_seconds:
             self._last = now
-            say(f"{self.title}: {self._line()}")
+            (log if self._bar else say)(f"{self.title}: {self._percent()}{self._line()}")
+
+    def worker(self, name: str, done: int, total: int | None, note: str) -> None:
+        """How far one of several workers is; a line of its own on a terminal."""
+        if not self._bar:
+            return
+        if name not in self._workers:
+            self._workers[name] = self._bar.add_task(f"  {name}", total=total, line="")
+        line = ", ".join(filter(None, [f"{compact(done)} {self.unit}", note]))
+        self._bar.update(self._workers[name], completed=done, total=total, line=line)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Take the bars away."""
         if self._bar:
             self._bar.stop()
 
@@ -58,21 +65,30 @@ class Reporter:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _percent(self) -> str:
+        return f"{100 * self._done // self.total}% " if self.total else ""
+
     def _line(self) -> str:
-        elapsed = max(time.monotonic() - self.started, 1e-9)
+        elapsed = max(time.monotonic() - self._began, 1e-9)
         speed = (self._done - (self._first or 0)) / elapsed
         parts = [f"{compact(self._done)}{f'/{compact(self.total)}' if self.total is not None else ''} {self.unit}"]
-        parts += [self._note] if self._note else []
+        parts += [self._note] if self._note else [f"{compact(speed)} {self.unit}/s"] if speed > 0 else []
         if self.total and speed > 0:
             parts.append(f"ETA {duration((self.total - self._done) / speed)}")
-        percent = f"{100 * self._done // self.total}% " if self.total else ""
-        return percent + ", ".join(parts)
+        return ", ".join(parts)
 
 
-def say(text: str) -> None:
-    """One line for the person at the terminal or in the log; a full log stops no work."""
-    with suppress(OSError):
-        print(printable(text), file=sys.stderr, flush=True)
+def _bar() -> Progress:
+    """Text keeps its width, and the bar gives way in a narrow terminal."""
+    return Progress(
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, max_width=LONGEST_BAR)),
+        TextColumn("{task.percentage:>3.0f}%", table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[line]}", table_column=Column(no_wrap=True)),
+        console=Console(stderr=True),
+        transient=True,
+        expand=True,
+    )
 
 
 def compact(number: float) -> str:
