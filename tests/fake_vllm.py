@@ -6,9 +6,11 @@ outputs sorted and without doubles. What vLLM may do wrong, ``Faults`` says.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.machinery import ModuleSpec
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -26,6 +28,12 @@ class Faults:
 
     current: ClassVar[Faults]
     auxiliary: bool = True
+    layers_add: bool = False
+    """layers give the sum, and beside it a residual that is a part of it"""
+    sum_beside: float = 0.0
+    """what the final norm gets beside the last layer's states"""
+    keeps_output: bool = True
+    """gives what the final norm gives, and not a copy"""
     backwards: bool = False
     """auxiliary outputs from the last layer to the first"""
     bad_layer: int | None = None
@@ -35,6 +43,8 @@ class Faults:
     """requests that a step leaves out"""
     chunks: int = 1
     """passes that a step is cut into"""
+    chunks_over: int = 0
+    """tokens of a step beyond which it is"""
     looks_beside: bool = False
     """a request's states depend on those before it"""
     dies_after: int | None = None
@@ -45,6 +55,8 @@ class Faults:
     """tokens of each request, of each step that was run"""
     arguments: dict[str, Any] = field(default_factory=dict)
     """of the engine that was started last"""
+    environment: dict[str, str] = field(default_factory=dict)
+    """in which it was"""
 
 
 def _keep(seen: list[Tensor], _module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -52,8 +64,12 @@ def _keep(seen: list[Tensor], _module: nn.Module, _inputs: Any, output: Any) -> 
 
 
 class _Layer(nn.Module):
+    def __init__(self, adds: bool):
+        super().__init__()
+        self.adds, self.weight = adds, nn.Parameter(torch.ones(1))
+
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        return states / 2, states / 2
+        return (states * 1, states / 3) if self.adds else (states / 2, states / 2)
 
 
 class _Served(nn.Module):
@@ -64,7 +80,8 @@ class _Served(nn.Module):
         self.whole = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
         self.config, self.faults = self.whole.config, faults
         self.model = nn.Module()
-        self.model.layers = nn.ModuleList(_Layer() for _ in range(self.config.num_hidden_layers))
+        self.model.layers = nn.ModuleList(_Layer(faults.layers_add) for _ in range(self.config.num_hidden_layers))
+        self.model.norm = self.whole.model.norm
         self.asked: tuple[int, ...] = ()
         if faults.auxiliary:
             self.set_aux_hidden_state_layers = self._set
@@ -76,13 +93,13 @@ class _Served(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, **_: Any) -> Any:
         starts = [*(positions == 0).nonzero()[:, 0].tolist(), len(positions)]
         by_layer: list[list[Tensor]] = [[] for _ in self.model.layers]
-        normed, before = [], torch.zeros(())
+        before = torch.zeros(())
         for start, stop in pairwise(starts):
             seen: list[Tensor] = []
             kept = partial(_keep, seen)
             hooks = [layer.register_forward_hook(kept) for layer in self.whole.model.layers]
             ids = input_ids[None, start:stop]
-            normed.append(self.whole.model(input_ids=ids, use_cache=False).last_hidden_state[0])
+            self.whole.model(input_ids=ids, use_cache=False)
             for hook in hooks:
                 hook.remove()
             for place, states in zip(by_layer, seen, strict=True):
@@ -95,8 +112,9 @@ class _Served(nn.Module):
             if number == self.faults.bad_layer:
                 states[-1, -1] = float("nan")
             one, other = self.model.layers[number](states)
-            outputs.append(one + other)
-        last = torch.cat(normed)
+            outputs.append(one if self.faults.layers_add else one + other)
+        last = self.model.norm(outputs[-1] + self.faults.sum_beside)
+        last = last if self.faults.keeps_output else last * 1
         return (last, [outputs[i - 1] for i in self.asked]) if self.asked else last
 
 
@@ -111,7 +129,7 @@ class LLM:
 
     def __init__(self, **arguments: Any):
         self._faults = faults = Faults.current
-        faults.arguments = arguments
+        faults.arguments, faults.environment = arguments, dict(os.environ)
         self._model = _Served(arguments["model"], getattr(torch, arguments["dtype"]), faults)
         self._workers = [_Worker(self._model)]
         cache = SimpleNamespace(num_gpu_blocks=4096, block_size=16, cache_dtype="auto")
@@ -128,7 +146,8 @@ class LLM:
             raise RuntimeError("Executor failed.")
         faults.steps.append([len(row) for row in rows])
         rows = rows[: len(rows) - faults.lost]
-        each = -(-len(rows) // faults.chunks) or 1
+        chunks = faults.chunks if sum(faults.steps[-1]) > faults.chunks_over else 1
+        each = -(-len(rows) // chunks) or 1
         for start in range(0, len(rows), each):
             part = rows[start : start + each]
             positions = torch.cat([torch.arange(len(row)) for row in part])
@@ -170,6 +189,13 @@ class DefaultModelLoader:
             raise ValueError(f"not initialized from checkpoint: {missing}")
 
 
+class PPMissingLayer(nn.Identity):
+    """As vLLM's: gives its first argument."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        return arguments[0] if arguments else next(iter(named.values()))
+
+
 def get_pp_indices(num_layers: int, rank: int, size: int) -> tuple[int, int]:
     """``vllm.distributed.utils.get_pp_indices``, of layers that divide evenly."""
     return num_layers // size * rank, num_layers // size * (rank + 1)
@@ -197,10 +223,13 @@ def install(patch: Any) -> Faults:
         "vllm.model_executor": {},
         "vllm.model_executor.model_loader": {"register_model_loader": lambda name: lambda kind: kind},
         "vllm.model_executor.model_loader.default_loader": {"DefaultModelLoader": DefaultModelLoader},
+        "vllm.model_executor.models": {},
+        "vllm.model_executor.models.utils": {"PPMissingLayer": PPMissingLayer},
     }
     for name, content in parts.items():
         module = ModuleType(name)
         module.__path__ = []  # type: ignore[attr-defined]
+        module.__spec__ = ModuleSpec(name, None)
         module.__dict__.update(content)
         patch.setitem(sys.modules, name, module)
         parent, _, last = name.rpartition(".")

@@ -24,6 +24,7 @@ from cache_format.errors import CacheError
 from cache_format.layout.embeddings import load_input_embeddings, load_output_embeddings
 from cache_format.layout.manifest import TargetInfo
 from extractor.target.factors import Factors, measured_factors, named_factors
+from extractor.target.factors_unloaded import factors_around_layers
 from extractor.target.hooks import HFDFlashTargetModel
 from extractor.target.target_files import write_target_files
 
@@ -111,6 +112,16 @@ def test_the_caches_embeddings_and_head_are_the_targets(builder, dtype, tmp_path
     if dtype == torch.float32 and builder.__name__.replace("_", "-") in FACTORS:
         assert (factors.input_scale, factors.logit_scale) == FACTORS[builder.__name__.replace("_", "-")]
         assert named_factors(model.config) == factors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "builder", [granite, granite_moe, cohere, cohere2, gemma2, *BUILDERS], ids=lambda b: b.__name__
+)
+def test_they_are_found_without_the_layers(builder, dtype):
+    model = build(builder).to(dtype)
+    found = factors_around_layers(model.config, model, False)
+    assert found == measured_factors(HFDFlashTargetModel(model, [0]))
 
 
 def test_a_target_without_factors_has_none():

@@ -6,26 +6,35 @@ import errno
 import json
 import os
 import shutil
+import sys
 from dataclasses import make_dataclass
+from enum import Enum
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import fake_vllm
 import pytest
 import torch
+from commands import workers_by_fork
 from fake_vllm import DefaultModelLoader, install
 from jobs import contents
 from safetensors.torch import load_file, save_file
+from tiny_models import build, gemma3_multimodal
 from torch import nn
 
+import extractor
 from cache_format import FeatureCache
 from cache_format.errors import InputError
 from extractor.config import TargetOptions
 from extractor.engine.local import engine_devices
+from extractor.engine.ray_cluster import environment, gpus_of_actor
 from extractor.target.stored_embeddings import StoredWeights, stored_embeddings
 from extractor.target.vllm import engine
+from extractor.target.vllm.capture import kernels, shared_rows
 from extractor.target.vllm.engine import steps
+from extractor.target.vllm.refused import require_length
 
 
 @pytest.fixture
@@ -55,6 +64,7 @@ def arguments(tiny_target, rows) -> list[str]:
 
 
 VLLM = ("--backend", "vllm")
+STEPS_AT_THE_START = 5
 
 
 def done(cli, *command) -> str:
@@ -79,9 +89,9 @@ def by_transformers(cli, arguments, once) -> Path:
     return once("vllm-tests-by-transformers", lambda out: done(cli, *arguments, "--out", out))
 
 
-@pytest.mark.parametrize("auxiliary", [True, False])
-def test_states_are_those_of_transformers(cli, arguments, faults, tmp_path, by_transformers, auxiliary):
-    faults.auxiliary = auxiliary
+@pytest.mark.parametrize(("auxiliary", "layers_add"), [(True, False), (False, False), (False, True)])
+def test_states_are_those_of_transformers(cli, arguments, faults, tmp_path, by_transformers, auxiliary, layers_add):
+    faults.auxiliary, faults.layers_add = auxiliary, layers_add
     said = done(cli, *arguments, *VLLM, "--out", tmp_path / "c")
     assert "vLLM is up after" in said
     assert "its states are those of transformers" in said
@@ -98,13 +108,21 @@ def test_states_are_those_of_transformers(cli, arguments, faults, tmp_path, by_t
     assert identity["vllm.capture"] == ("auxiliary outputs" if auxiliary else "layer hooks")
 
 
-def test_a_batch_is_a_step_and_nothing_is_left_in_shared_memory(cli, arguments, faults, tmp_path):
+def test_a_batch_is_a_step_and_shared_memory_has_no_name_to_leave(cli, arguments, faults, tmp_path, monkeypatch):
+    seen, call = [], fake_vllm.LLM.collective_rpc
+
+    def watched(self, method, args=()):
+        seen.extend(os.listdir(engine.SHARED_MEMORY))
+        return call(self, method, args)
+
     before = set(os.listdir(engine.SHARED_MEMORY))
+    monkeypatch.setattr(fake_vllm.LLM, "collective_rpc", watched)
     done(cli, *arguments, *VLLM, "--out", tmp_path / "c")
-    run = faults.steps[3:]
+    run = faults.steps[STEPS_AT_THE_START:]
     assert sorted(length for lengths in run for length in lengths) == [4, 4, 9, 20, 20, 31, 48, 48]
     assert all(sum(lengths) <= 96 for lengths in run)
-    assert not [name for name in set(os.listdir(engine.SHARED_MEMORY)) - before if name.startswith("dflash")]
+    # Other tests' processes have semaphores there.
+    assert not [name for name in set(seen) - before if not name.startswith(("sem.", "psm_"))]
     asked = faults.arguments
     assert asked["max_model_len"] == 48 + 1
     assert asked["max_num_batched_tokens"] >= 96
@@ -133,8 +151,12 @@ def test_only_the_layers_up_to_the_last_captured_are_loaded(cli, arguments, faul
         ({"bad_layer": 2}, "NaN or Inf at layer 2"),
         ({"same_layers": True}, "the same states for layers 4 and 0"),
         ({"wrong_by": 0.05}, "other states than transformers gives"),
-        ({"looks_beside": True}, "a sample gives other states beside others"),
+        ({"looks_beside": True}, "tokens give other states beside others"),
+        ({"auxiliary": False, "layers_add": True, "sum_beside": 1.0}, "not what its final norm makes of"),
+        ({"auxiliary": False, "layers_add": True, "keeps_output": False}, "is not its final norm's"),
         ({"multimodal": True}, "is a multimodal model"),
+        ({"chunks": 2, "chunks_over": 90}, "took 2 passes, not one; begin another cache with a smaller --batch-tokens"),
+        ({"dies_after": 1}, "This was the start, with 10 rows of 9 random tokens"),
     ],
 )
 def test_an_engine_that_gives_something_else_is_refused_at_the_start(cli, arguments, faults, tmp_path, fault, said):
@@ -150,7 +172,7 @@ def test_an_engine_that_gives_something_else_is_refused_at_the_start(cli, argume
     [
         ({"lost": 1}, "each once, and got"),
         ({"chunks": 2}, "took 2 passes"),
-        ({"dies_after": 5}, "the engine has failed (RuntimeError: Executor failed.)"),
+        ({"dies_after": STEPS_AT_THE_START + 2}, "the engine has failed (RuntimeError: Executor failed.)"),
         ({"bad_layer": 0}, "the target gave NaN or Inf at layer 0"),
     ],
 )
@@ -161,7 +183,7 @@ def test_an_engine_that_fails_on_the_way_leaves_finished_shards(
     generate = fake_vllm.LLM.generate
 
     def after_two_batches(self, *given, **named):
-        if len(faults.steps) >= 5:
+        if len(faults.steps) >= STEPS_AT_THE_START + 2:
             faults.__dict__.update(fault)
         generate(self, *given, **named)
 
@@ -240,6 +262,29 @@ def test_vllm_is_not_installed(cli, arguments, tmp_path, monkeypatch):
     assert "pip install 'dflash-cache[vllm]'" in err
 
 
+def test_a_multimodal_target_is_refused_before_a_row_is_prepared(cli, arguments, faults, tmp_path, tiny_target):
+    shutil.copytree(tiny_target, tmp_path / "m")
+    build(gemma3_multimodal).save_pretrained(tmp_path / "m")
+    command = [str(tmp_path / "m") if value == str(tiny_target) else value for value in arguments]
+    code, _, err = cli(*command, *VLLM, "--out", tmp_path / "c")
+    assert code == 2
+    assert "Gemma3ForConditionalGeneration is a multimodal model" in err
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("short", [48, 40, 49])
+def test_rotary_embeddings_that_change_with_the_longest_sample(short):
+    from transformers import Phi3Config
+
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    config = Phi3Config(max_position_embeddings=4096, original_max_position_embeddings=short, rope_parameters=rope)
+    if short > 48:
+        require_length(config, 48)
+        return
+    with pytest.raises(InputError, match=f"--max-length {short - 1}"):
+        require_length(config, 48)
+
+
 def test_more_tokens_than_positions(cli, arguments, faults, tmp_path, tiny_target):
     shutil.copytree(tiny_target, tmp_path / "short")
     path = tmp_path / "short" / "config.json"
@@ -287,6 +332,30 @@ def fits(lengths: list[int]) -> bool:
     return sum(lengths) <= 96 and sum(rooms) <= 2 * 96 and len(lengths) <= engine.MOST_REQUESTS
 
 
+@pytest.mark.parametrize("most", [1, 5, 96, 8192])
+@pytest.mark.parametrize("longest", [1, 4, 48, 8192])
+@pytest.mark.parametrize("block", [1, 16, 128])
+def test_the_largest_steps_are_steps_and_use_what_there_is(most, longest, block):
+    most = max(most, longest)
+    for lengths in engine.largest_steps(most, block, longest):
+        assert len(list(steps(lengths, most, block))) == 1
+        assert max(lengths) <= longest
+        assert min(lengths) >= 1
+    if block <= longest and most // longest < engine.MOST_REQUESTS:
+        assert sum(engine.largest_steps(most, block, longest)[0]) == most
+
+
+def test_memory_of_another_process_is_not_taken_for_the_job_s():
+    with engine._shared_file(4096) as file:
+        assert file.is_here()
+        assert not file._replace(inode=file.inode + 1).is_here()
+        assert not file._replace(path="/proc/0/fd/0").is_here()
+        rows = shared_rows(file.path, 8, 16, torch.float32)
+        rows.fill_(3)
+        assert torch.equal(shared_rows(file.path, 8, 16, torch.float32), rows)
+    assert not file.is_here()
+
+
 def test_most_requests(monkeypatch):
     monkeypatch.setattr(engine, "MOST_REQUESTS", 4)
     assert [part.stop - part.start for part in steps([1] * 9, 1000, 1)] == [4, 4, 1]
@@ -310,10 +379,133 @@ def test_devices_that_do_not_make_engines(devices, each):
         engine_devices(devices, each)
 
 
+def with_fake() -> None:
+    """For ``commands``: the stand-in in the command's process, and in workers that are forked from it."""
+    install(pytest.MonkeyPatch())
+
+
+@pytest.fixture
+def by_vllm(arguments, once) -> Path:
+    return once("vllm-tests-by-vllm", lambda out: commands.made(*arguments, *VLLM, "--out", out, before=with_fake))
+
+
+def several_engines() -> None:
+    with_fake()
+    workers_by_fork()
+
+
+def test_engines_on_several_devices_give_the_bytes_of_one(arguments, by_vllm, tmp_path):
+    more = (*VLLM, "--out", tmp_path / "c", "--devices", "cpu,cpu")
+    code, _, errors = commands.run(*arguments, *more, before=several_engines)
+    assert code == 0, errors
+    assert errors.count("vLLM is up") == 2
+    assert contents(tmp_path / "c") == contents(by_vllm)
+
+
+def apart_from_torchrun() -> None:
+    with_fake()
+    start = fake_vllm.LLM.__init__
+
+    def checked(self, **arguments):
+        found = {name for name in os.environ if name in TORCHRUN}
+        assert not found, found
+        start(self, **arguments)
+
+    fake_vllm.LLM.__init__ = checked  # type: ignore[method-assign]
+
+
+TORCHRUN = {"LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "one", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": "9"}
+
+
+def test_engines_of_torchrun_s_processes_do_not_meet_at_its_store(arguments, by_vllm, tmp_path):
+    def start(rank: int) -> commands.Command:
+        where = {**TORCHRUN, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+        return commands.start(*arguments, *VLLM, "--out", tmp_path / "c", before=apart_from_torchrun, **where)
+
+    ends = [(process.communicate()[1], process.returncode) for process in [start(0), start(1)]]
+    assert [code for _, code in ends] == [0, 0], ends
+    assert contents(tmp_path / "c") == contents(by_vllm)
+
+
+def as_python_would() -> None:
+    """For ``commands``, whose processes are forked from one that has read PYTHONPATH long before."""
+    sys.path[:0] = os.environ["PYTHONPATH"].split(":")
+
+
+def test_engines_in_actors_of_ray(arguments, by_vllm, tmp_path):
+    pytest.importorskip("ray", reason="needs pip install 'dflash-cache[ray]'")
+    # Actors have nothing of what was done in the driver's process.
+    (tmp_path / "path" / "vllm").mkdir(parents=True)
+    (tmp_path / "path" / "vllm" / "__init__.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import fake_vllm, pytest\nfake_vllm.install(pytest.MonkeyPatch())\n"
+    )
+    more = (*VLLM, "--out", tmp_path / "c", "--engine", "ray", "--num-workers", "1")
+    where = {"PYTHONPATH": f"{tmp_path / 'path'}:{Path(extractor.__file__).parents[1]}", "OMP_NUM_THREADS": "1"}
+    code, _, errors = commands.run(*arguments, *more, before=as_python_would, **where)
+    assert code == 0, errors
+    assert contents(tmp_path / "c") == contents(by_vllm)
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "gpus"),
+    [
+        ({"backend": "vllm", "tensor_parallel": 4, "pipeline_parallel": 2}, None, 8),
+        ({"backend": "vllm", "tensor_parallel": 4}, 4, 4),
+        ({"backend": "vllm", "tensor_parallel": 4, "device": "cpu"}, None, 0),
+        ({}, None, 1),
+        ({}, 3, 3),
+        ({}, 0, 0),
+        ({"device": "cpu"}, None, 0),
+    ],
+)
+def test_an_actor_of_ray_gets_the_gpus_of_an_engine(options, asked, gpus):
+    assert gpus_of_actor(TargetOptions(name="t", **options), asked) == gpus
+
+
+def test_an_actor_is_not_given_other_gpus_than_an_engine_takes():
+    with pytest.raises(InputError, match="--gpus-per-worker 1: an engine of --tensor-parallel 4"):
+        gpus_of_actor(TargetOptions(name="t", backend="vllm", tensor_parallel=4), 1)
+
+
+def test_an_actor_gets_what_decides_vllm_s_kernels_and_no_key(monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert environment()["VLLM_BATCH_INVARIANT"] == "1"
+    assert "VLLM_API_KEY" not in environment()
+
+
+class Choice(Enum):
+    MARLIN = 1
+
+
+class CutlassKernel:
+    pass
+
+
+class Fp8Method:
+    def __init__(self) -> None:
+        self.kernel, self.backend, self.size = CutlassKernel(), Choice.MARLIN, 3
+
+
+def test_kernels_in_force_are_named():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1))
+    for layer in list(model)[:2]:
+        layer.quant_method = Fp8Method()
+    assert kernels(model) == "Fp8Method CutlassKernel MARLIN 2"
+
+
+class UnquantizedLinearMethod:
+    pass
+
+
 class _Model(nn.Module):
     def __init__(self, tied: bool):
         super().__init__()
         self.embed, self.lm_head, self.norm = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False), nn.Linear(4, 4)
+        self.layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(8))
+        for module in (self.lm_head, *self.layers):
+            module.quant_method = UnquantizedLinearMethod()
         if tied:
             self.lm_head.weight = self.embed.weight
 
@@ -340,12 +532,21 @@ def test_the_loader_stops_at_the_last_captured_layer_and_drops_the_head(faults, 
     assert model.embed.weight.shape == (7, 4)
     assert model.lm_head.weight.numel() == (28 if tied else 0)
     assert model.compute_logits(torch.ones(3, 4)).shape == (3, 7)
-    loaded = [name for name, _ in loader.get_all_weights(None, _Model(tied))]
+    described = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=8))
+    loaded = [name for name, _ in loader.get_all_weights(described, model)]
+    # What this model has made in spite of all is gone, and what no file has given would be seen.
+    assert [isinstance(layer, nn.Identity) for layer in model.layers] == [False] * 4 + [True] * 4
+    one, other = torch.ones(1), torch.zeros(1)
+    assert model.layers[4](positions=None, hidden_states=one, residual=other) == (one, other)
+    assert model.layers[4](one, other) is one
+    assert all(layer.weight.isnan().all() for layer in model.layers[:4])
+    assert not model.norm.weight.isnan().any()
     expected = ["embed.weight", "model.layers.1.w", "model.layers.3.w", "norm.w"]
     assert sorted(loaded) == sorted(expected + (["lm_head.weight"] if tied else []))
-    loader.track_weights_loading(_Model(False), {"embed.weight", "norm.weight", "norm.bias"})
+    layers = {f"layers.{number}.weight" for number in range(4)}
+    loader.track_weights_loading(model, {"embed.weight", "norm.weight", "norm.bias", *layers})
     with pytest.raises(ValueError, match=r"norm\.bias"):
-        loader.track_weights_loading(_Model(False), {"embed.weight", "norm.weight"})
+        loader.track_weights_loading(model, {"embed.weight", "norm.weight", *layers})
 
 
 LoadConfig = make_dataclass("LoadConfig", ["load_format", "model_loader_extra_config"])

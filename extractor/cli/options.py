@@ -266,8 +266,8 @@ GpusPerWorker = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="With --engine ray: GPUs of each actor; more than one needs --device-map auto, or --backend vllm with as "
-        "many devices. Default: 1, or 0 with --device cpu.",
+        help="With --engine ray: GPUs of each actor; more than one needs --device-map auto. Default: 1, or 0 with "
+        "--device cpu; with --backend vllm those of an engine.",
         rich_help_panel=_SPEED,
         show_default=False,
     ),

@@ -22,7 +22,15 @@ from cache_format.errors import CacheError, InputError, MismatchError
 from cache_format.layout.manifest import Manifest
 from cache_format.writing.upload import scratch_folder
 from extractor.config import ExtractOptions
-from extractor.engine.ray_cluster import RayOptions, connected, environment, import_ray, require_reachable, room
+from extractor.engine.ray_cluster import (
+    RayOptions,
+    connected,
+    environment,
+    gpus_of_actor,
+    import_ray,
+    require_reachable,
+    room,
+)
 from extractor.engine.ray_worker import ShardWorker, remove_free_scratch
 from extractor.engine.shard_queue import ShardQueue, WorkerError
 from extractor.job.destination import Destination
@@ -67,9 +75,7 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
         raise InputError("--tp-plan divides a target over the processes of torchrun; leave it out with --engine ray")
     if options.profile is not None:
         raise InputError("--profile follows one process; leave it out with --engine ray")
-    gpus = cluster.gpus_per_worker
-    if gpus is None:
-        gpus = 0 if options.target.device == "cpu" else 1
+    gpus = gpus_of_actor(options.target, cluster.gpus_per_worker)
     # The driver may have no device like the workers': what depends on it is settled here.
     device = torch.device(RAY_GPUS if gpus else "cpu")
     config = load_config(options.target.name, options.target.revision, options.target.trust_remote_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -12,12 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from cache_format.errors import InputError
+from extractor.config import TargetOptions
 
 _PASSED_ON = (
     *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE"),
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
 )
 """Environment variables that the actors get from the driver: which store, but no credentials, which nodes have."""
+
+_PASSED_ON_OF_VLLM = re.compile(r"VLLM_(?!.*KEY).*")
+"""Which kernels it takes, among others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +34,27 @@ class RayOptions:
     num_workers: int | None = None
     """actors; None: as many as the cluster has room for at the start (without GPUs: one a node)"""
     gpus_per_worker: int | None = None
-    """None: 1, or 0 with --device cpu"""
+    """None: those of an engine of vLLM, else 1; 0 with --device cpu"""
 
     def __post_init__(self) -> None:
         if self.address is not None and self.address.startswith("ray://"):
             raise InputError("--address ray://...: run the command on a node of the cluster, with --address auto")
+
+
+def gpus_of_actor(target: TargetOptions, asked: int | None) -> int:
+    """GPUs that Ray is to give an actor.
+
+    Raises:
+        InputError: vLLM's engine takes another number than was asked for.
+    """
+    if asked is None:
+        return 0 if target.device == "cpu" else target.devices
+    if target.backend == "vllm" and asked not in (0, target.devices):
+        raise InputError(
+            f"--gpus-per-worker {asked}: an engine of --tensor-parallel {target.tensor_parallel} and "
+            f"--pipeline-parallel {target.pipeline_parallel} takes {target.devices}; leave it out"
+        )
+    return asked
 
 
 def import_ray() -> Any:
@@ -66,7 +87,9 @@ def require_reachable(address: str | None) -> None:
 
 def environment() -> dict[str, str]:
     """What of this process's environment the actors get."""
-    return {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    return {
+        name: value for name, value in os.environ.items() if name in _PASSED_ON or _PASSED_ON_OF_VLLM.fullmatch(name)
+    }
 
 
 @contextmanager

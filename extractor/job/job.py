@@ -54,6 +54,7 @@ from extractor.target.target_files import write_target_files
 from extractor.target.target_identity import identify_target
 from extractor.target.tensor_parallel import Group, joined, require_plan
 from extractor.target.unloaded import require_runnable
+from extractor.target.vllm.refused import require_servable
 from extractor.terminal.progress import Reporter, say
 
 
@@ -144,6 +145,8 @@ class Job:
         if target.tp_plan:
             require_plan(self.config)
         require_runnable(target, self.config, torch_dtype(self.dtype))
+        if target.backend == "vllm":
+            require_servable(target, self.config)
         self.layer_ids = chosen_layer_ids(target, self.shape.num_hidden_layers)
         self.tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code, target.chat_template)
         self.source = open_source(options.data, options.prepare.limit)

@@ -11,6 +11,7 @@ from torch import Tensor
 from cache_format.device import CPU
 from cache_format.layout.captures import LAST_HIDDEN_STATES, Captures
 from extractor.target.backend import TargetBackend
+from extractor.target.factors import Factors
 from extractor.target.vllm.engine import Engine
 
 
@@ -26,6 +27,7 @@ class VllmBackend(TargetBackend):
         captures: Captures,
         *,
         embeddings: Any,
+        factors: Factors | None,
         decided: Mapping[str, Any],
     ):
         """
@@ -36,10 +38,12 @@ class VllmBackend(TargetBackend):
             dtype: of the states.
             captures: beside hidden_states; no logits.
             embeddings: as :attr:`TargetBackend.embeddings`.
+            factors: as :attr:`TargetBackend.factors`.
             decided: as :attr:`TargetBackend.decided`.
         """
         super().__init__(target_layer_ids, hidden_size, dtype, captures)
         self._engine, self._embeddings, self._decided = engine, embeddings, dict(decided)
+        self._factors = factors
 
     @property
     def decided(self) -> dict[str, Any]:
@@ -50,6 +54,11 @@ class VllmBackend(TargetBackend):
     def embeddings(self) -> Any:
         """See :class:`TargetBackend`; read from the weight files."""
         return self._embeddings
+
+    @property
+    def factors(self) -> Factors | None:
+        """See :class:`TargetBackend`; of transformers' code for the target, which runs without its layers."""
+        return self._factors
 
     @property
     def most_tokens(self) -> int:

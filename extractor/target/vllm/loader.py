@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.models.utils import PPMissingLayer
 
 # vLLM looks for it here, so that its workers import the loader.
 from extractor.target.vllm.capture import CaptureExtension as CaptureExtension
@@ -22,6 +23,9 @@ from extractor.target.vllm.capture import CaptureExtension as CaptureExtension
 LOAD_FORMAT, EXTENSION = "dflash_cache", f"{__name__}.CaptureExtension"
 NUM_LAYERS = "num_layers"
 """Key in vLLM's ``model_loader_extra_config``: layers to load, from the first on."""
+
+_FILLED = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+"""Of layers that have no tensor but those in the files, all of the sizes there."""
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _HEAD = "lm_head."
@@ -58,7 +62,9 @@ class TruncatedLoader(DefaultModelLoader):
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Those of the layers to load and of what surrounds them."""
-        skip_head = _own_head(model) is not None
+        _leave_out(model, self._num_layers, model_config.hf_text_config.num_hidden_layers)
+        _forget(model)
+        skip_head = _own_head(model) is not None or not hasattr(model, "lm_head")
         for name, tensor in super().get_all_weights(model_config, model):
             layer = _LAYER.search(name)
             if (layer and int(layer[1]) >= self._num_layers) or (skip_head and name.startswith(_HEAD)):
@@ -70,6 +76,32 @@ class TruncatedLoader(DefaultModelLoader):
         if loaded_weights is not None:
             loaded_weights = loaded_weights | {name for name, _ in model.named_parameters() if name.startswith(_HEAD)}
         super().track_weights_loading(model, loaded_weights, *rest, **more)
+
+
+class _LeftOut(PPMissingLayer):
+    """For models whose code runs over all places of their layers: gives what it takes."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        if "hidden_states" in named:
+            return (named["hidden_states"], named["residual"]) if "residual" in named else named["hidden_states"]
+        return super().forward(*arguments, **named)
+
+
+def _leave_out(model: nn.Module, first: int, num_layers: int) -> None:
+    """Layers from ``first`` on that this model's code has made in spite of all."""
+    for layers in model.modules():
+        if isinstance(layers, nn.ModuleList) and len(layers) == num_layers:
+            for number in range(first, num_layers):
+                layers[number] = _LeftOut()
+
+
+def _forget(model: nn.Module) -> None:
+    """Whatever no file fills is NaN, which the trial finds; vLLM would compute with what happens to be in memory."""
+    for module in model.modules():
+        if type(getattr(module, "quant_method", None)).__name__ in _FILLED:
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point():
+                    parameter.data.fill_(float("nan"))
 
 
 def _own_head(model: nn.Module) -> nn.Module | None:

@@ -1,7 +1,8 @@
 """Is what an engine captures what was asked for? Tried out on a few tokens at the start, not assumed.
 
 A small target is run by transformers too and compared layer by layer. Of every target: the states are finite, those of
-different layers differ, and a sample gives the same alone, again, and beside others.
+different layers differ, a sample gives the same alone, again, and beside others, and so does its beginning; and batches
+as large as they may be are one step of the engine.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from extractor.target.padding import PROBE_TOLERANCE
 from extractor.target.stored_embeddings import StoredWeights
 from extractor.target.transformers_backend import UNMASKED, TransformersBackend
 from extractor.target.vllm.backend import VllmBackend
+from extractor.target.vllm.engine import Engine, EngineError, largest_steps
 from extractor.terminal.progress import say
 
 PROBED_TOKENS = 48
@@ -51,26 +53,58 @@ def prove(
     Raises:
         InputError: it gives other states than were asked for; says which.
     """
-    # Two rows, one half as long, fit into a step.
-    length = max(1, min(PROBED_TOKENS, longest, 2 * backend.most_tokens // 3))
-    random = torch.Generator().manual_seed(0)
-    # Special tokens, which may stand for images, are at either end of a vocabulary.
-    ids = torch.randint(shape.vocab_size // 4, shape.vocab_size // 2 + 1, (2, length), generator=random)
+    # Five rows, three of them whole, fit into a step where it has room for more than a few tokens.
+    length = max(1, min(PROBED_TOKENS, longest, backend.most_tokens // 5))
+    ids = _random_ids(shape, 2 * length).view(2, length)
     alone = _states(backend, ids[:1], [length])
     finite = alone.isfinite().all(-1).all(0)
     if not finite.all():
         where = backend.checked[int((~finite).nonzero()[0])]
-        raise InputError(f"--backend vllm: NaN or Inf at {where}; try --dtype bfloat16 or float32")
+        raise InputError(
+            f"--backend vllm: NaN or Inf at {where}: the weight files lack a tensor, or {backend.dtype} has not the "
+            "range for this target (try --dtype bfloat16 or float32)"
+        )
     for (one, layer), (other, later) in itertools.combinations(enumerate(backend.target_layer_ids), 2):
         if torch.equal(alone[:, one], alone[:, other]):
             raise InputError(f"--backend vllm: vLLM gives the same states for layers {layer} and {later}")
-    shorter = max(1, length // 2)
-    beside = _states(backend, ids.flip(0), [shorter, length])
-    found = {"a second time": _states(backend, ids[:1], [length]), "beside others": beside[shorter:]}
-    for how, states in found.items():
-        _require_near(states, alone, backend, f"a sample gives other states {how}")
+    again = _states(backend, ids[:1], [length])
+    _require_near(again, alone, backend, "a sample gives other states a second time")
+    lengths = [max(1, length // 2), length, 1, length, max(1, length // 3)]
+    beside = _states(backend, ids[[1, 0, 0, 0, 0]], lengths).split(lengths)
+    # One token alone and a twin are what kernels and schedulers may treat in ways of their own.
+    for states in beside[1:]:
+        _require_near(states, alone[: len(states)], backend, f"{len(states)} tokens give other states beside others")
     if not quantised and weights.num_bytes() <= SMALL_BYTES:
         _compare(backend, target, alone, ids[:1])
+
+
+def prove_room(engine: Engine, shape: TargetShape, longest: int) -> None:
+    """Run batches as large as they may be: memory and the scheduler's limits are tried out, not computed.
+
+    Args:
+        engine: to try out.
+        shape: of its target.
+        longest: tokens of the longest sample.
+
+    Raises:
+        InputError: it has no room for them.
+    """
+    for lengths in largest_steps(engine.most_tokens, engine.block_tokens, longest):
+        ids = _random_ids(shape, sum(lengths))
+        try:
+            for _ in engine.run([part.numpy() for part in ids.split(lengths)]):
+                pass
+        except EngineError as error:
+            raise InputError(
+                f"{error}. This was the start, with {len(lengths):,} rows of {lengths[0]:,} random tokens, as many as "
+                "--batch-tokens allows: begin the cache with fewer"
+            ) from error
+
+
+def _random_ids(shape: TargetShape, count: int) -> Tensor:
+    random = torch.Generator().manual_seed(0)
+    # Special tokens, which may stand for images, are at either end of a vocabulary.
+    return torch.randint(shape.vocab_size // 4, shape.vocab_size // 2 + 1, (count,), generator=random)
 
 
 def _compare(backend: VllmBackend, target: TargetOptions, alone: Tensor, ids: Tensor) -> None:
