@@ -86,7 +86,12 @@ class Codec(ABC):
     expected_ratio: ClassVar[float]
     """stored bytes over bytes before"""
     relative_error: ClassVar[float] = 0.0
-    """bound of RMS(decoded - original) / RMS(original) of a layer, beside the rounding to the stored dtype"""
+    """bound of norm(decoded - original) / norm(original) of a token's layer, beside the rounding to the stored dtype"""
+
+    @property
+    def usual_error(self) -> float:
+        """The same of the median token of a sample."""
+        return self.relative_error
 
     def tensors(self, states: States) -> tuple[TokenTensor, ...]:
         """The tensors with a row for each token that stand for hidden_states."""

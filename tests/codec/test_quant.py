@@ -80,6 +80,20 @@ def test_a_feature_is_off_by_half_a_step_at_most(dtype):
     assert ((x - y).abs() <= 0.503 * step + rounding).all()
 
 
+def test_torchs_threads_change_no_byte(monkeypatch):
+    """It works on fewer rows at a time where torch would start threads."""
+    states = States(torch.bfloat16, 3, 700)
+    rows = like_an_llm(250, states)
+    codec = codec_named("quant").calibrated(rows, states)
+    stored, energy = encoded(codec, rows, states)
+    back = decoded(codec, stored, rows, states, 250)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    again, same_energy = encoded(codec, rows, states)
+    assert np.array_equal(stored, again)
+    assert np.array_equal(energy, same_energy)
+    assert torch.equal(decoded(codec, stored, rows, states, 250), back)
+
+
 def test_a_massive_feature_is_not_clipped_but_stored_as_it_is():
     states = States(torch.bfloat16, 1, 256)
     rows = torch.randn(50, 256).to(torch.bfloat16)

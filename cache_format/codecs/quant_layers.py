@@ -1,0 +1,244 @@
+"""The inner loops of quant: rows of some layers <-> their blocks. What is stored, quant.py says.
+
+All layers go through the vector unit together: each call has a cost of its own, and samples are short.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_format.codecs.entropy import coder
+from cache_format.codecs.quant_statistics import GROUPS, Statistics
+
+_AT_ONCE = 1 << 18
+"""Features that are worked on at a time. Measured: with half as many the calls cost more than a larger cache saves."""
+
+_ONE_THREAD = 1 << 15
+"""For so few features torch starts no threads."""
+
+_LEAST_STEP, _LARGEST_STEP = 2.0**-100, 2.0**100
+"""Steps beyond these could not be divided by, or squared: their rows are stored as they are."""
+
+_MOST_FLOAT16 = 32768.0
+"""Larger features of float16 are stored as they are: decoded, they might be rounded up to Inf."""
+
+Block = list[np.ndarray]
+"""The parts of one layer's block, in order."""
+
+
+class QuantLayers:
+    """Encodes and decodes blocks of some layers; thread-safe."""
+
+    def __init__(self, statistics: Statistics, chosen: Sequence[int]):
+        """``chosen``: which of the statistics' layers, in the order in which rows have them."""
+        at = list(chosen)
+        self.chosen, self._mean = at, statistics.means()[at]
+        self._hidden_size = self._mean.shape[1]
+        self._share = (np.array(statistics.step, np.float32) / np.float32(self._hidden_size))[at]
+        self._mean_tensor = torch.from_numpy(self._mean)
+        self._groups: list[list[slice]] = []
+        """of each layer: where its groups stand once a row's features are sorted by layer and group"""
+        order = []
+        for number, group in enumerate(statistics.groups()[at]):
+            first = number * self._hidden_size
+            order.append(first + np.argsort(group, kind="stable"))
+            ends = (first + np.cumsum(np.bincount(group, minlength=GROUPS))).tolist()
+            self._groups.append([slice(low, high) for low, high in pairwise([first, *ends]) if low < high])
+        places = np.concatenate(order)
+        self._sorted, self._unsorted = torch.from_numpy(places), torch.from_numpy(np.argsort(places))
+        self._is_sorted = bool((np.diff(places) > 0).all())
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self._mean.shape
+
+    # -- encode -------------------------------------------------------------------------------------------------------
+
+    def encoded(self, rows: np.ndarray, energy: np.ndarray, dtype: torch.dtype) -> list[Block]:
+        """Of each layer the block of ``rows [n, L*H]``; adds to ``energy [2, L]``: of features, of errors."""
+        count, (layers, hidden_size) = len(rows), self._shape
+        symbols, steps = _symbols(rows.shape), np.empty((count, layers), np.float32)
+        energies, places = np.zeros((2, layers)), [np.empty((3, 0), np.int64)]
+        for part in _parts(count, rows.shape[1], _AT_ONCE):
+            # What overflows, or is not a number, is stored as it is.
+            with np.errstate(over="ignore", invalid="ignore"):
+                found = self._quantised(rows[part], dtype, symbols[part], steps[part], energies)
+            found[0] += part.start
+            places.append(found)
+        row, layer, channel = np.concatenate(places, axis=1)
+        blocks, stored_steps = [], (steps.view("<u4").T >> 16).astype("<u2", order="C")
+        for number, groups in enumerate(self._groups):
+            coded = [coder().coded(np.ascontiguousarray(symbols[:, group])) for group in groups]
+            of_layer = layer == number
+            at, where = row[of_layer], channel[of_layer]
+            as_they_are = rows[at, number * hidden_size + where]
+            numbers = np.array([len(at), *map(len, coded)], "<u4")
+            block = [stored_steps[number], numbers, *coded, (at * hidden_size + where).astype("<u4"), as_they_are]
+            if sum(data.nbytes for data in block) >= count * hidden_size * rows.itemsize:
+                block = [np.ascontiguousarray(rows[:, number * hidden_size : (number + 1) * hidden_size])]
+                energies[1, number] = 0
+            blocks.append(block)
+        energy += energies
+        return blocks
+
+    def _quantised(
+        self, rows: np.ndarray, dtype: torch.dtype, symbols: np.ndarray, steps: np.ndarray, energies: np.ndarray
+    ) -> np.ndarray:
+        """Quantise some rows into ``symbols [n, L*H]`` (sorted by group) and ``steps [n, L]``; adds to ``energies``.
+
+        Returns:
+            int64 ``[3, k]``: row, layer and channel of what is stored as it is, ascending.
+        """
+        layers, hidden_size = self._shape
+        numbers, rest = _scratch(rows.shape)
+        by_layer, rest_by_layer = numbers.reshape(-1, hidden_size), rest.reshape(-1, hidden_size)
+        _widen(rows, dtype, numbers)
+        before = _energy(by_layer)
+        np.subtract(numbers, self._mean.reshape(-1), out=numbers)
+        np.abs(numbers, out=rest)
+        # Integers are compared faster, and are in the order of positive floats; NaN is the largest.
+        furthest = rest_by_layer.view(np.uint32).max(1).view(np.float32)
+        size = np.einsum("rh->r", rest_by_layer)
+        step = _rounded((size.reshape(-1, layers) * self._share).reshape(-1))
+        step[~((step >= _LEAST_STEP) & (step <= _LARGEST_STEP))] = 0
+        inverse = np.divide(1, step, out=np.zeros_like(step), where=step > 0)
+        np.multiply(by_layer, inverse[:, None], out=by_layer)
+        np.rint(numbers, out=rest)
+        np.subtract(numbers, rest, out=numbers)
+        # NaN compares false.
+        is_odd = ~(furthest * inverse < 127) | ((step == 0) & (size != 0))
+        if dtype == torch.float16:
+            is_odd |= furthest > _MOST_FLOAT16 / 2
+        odd = np.flatnonzero(is_odd)
+        is_far = ~(np.abs(rest_by_layer[odd]) <= 127) | (step[odd] == 0)[:, None]
+        if dtype == torch.float16:
+            halves = rows.view(np.float16).reshape(-1, layers, hidden_size)
+            is_far |= np.abs(halves[odd // layers, odd % layers]) > _MOST_FLOAT16
+        at, channel = np.nonzero(is_far)
+        at = odd[at]
+        rest_by_layer[at, channel] = by_layer[at, channel] = 0
+        for energy, by_token in zip(energies, (before, _energy(by_layer) * np.square(step)), strict=True):
+            finite = np.where(np.isfinite(by_token), by_token, 0)
+            energy += finite.reshape(-1, layers).sum(0, dtype=np.float64)
+        if not self._is_sorted:
+            _chosen_columns(torch.from_numpy(rest), self._sorted, torch.from_numpy(numbers))
+            rest = numbers
+        np.copyto(symbols, rest, casting="unsafe")
+        steps[:] = step.reshape(-1, layers)
+        return np.stack([at // layers, at % layers, channel])
+
+    # -- decode -------------------------------------------------------------------------------------------------------
+
+    def decode(self, blocks: Sequence[np.ndarray], count: int, out: np.ndarray, dtype: torch.dtype) -> None:
+        """Decode the first ``len(out)`` rows of blocks of ``count``, one of each layer, into ``out [m, L*H]``.
+
+        Raises:
+            ValueError: they are damaged.
+        """
+        rows, (layers, hidden_size) = len(out), self._shape
+        symbols, steps = _symbols(out.shape), np.zeros((rows, layers), np.uint32)
+        as_they_are = []
+        for number, (block, groups) in enumerate(zip(blocks, self._groups, strict=True)):
+            if len(block) == count * hidden_size * out.itemsize:
+                symbols[:, groups[0].start : groups[-1].stop] = 0
+                columns = slice(number * hidden_size, (number + 1) * hidden_size)
+                as_they_are.append((np.s_[:, columns], block.view(out.dtype).reshape(count, -1)[:rows]))
+                continue
+            begin = 2 * count + 4 * (1 + len(groups))
+            if len(block) < begin:
+                raise ValueError("a block is cut off")
+            # Bytes that are not aligned are copied first.
+            steps[:, number] = block[: 2 * rows].copy().view("<u2")
+            num_escaped, *sizes = block[2 * count : begin].copy().view("<u4").tolist()
+            if begin + sum(sizes) + num_escaped * (4 + out.itemsize) != len(block):
+                raise ValueError("the sizes in a block do not add up")
+            for group, size in zip(groups, sizes, strict=True):
+                width = group.stop - group.start
+                found = coder().decoded(block[begin : begin + size], count * width)
+                symbols[:, group] = found.view(np.int8).reshape(count, width)[:rows]
+                begin += size
+            if num_escaped:
+                places = block[begin : begin + 4 * num_escaped].copy().view("<u4").astype(np.int64)
+                if places.max() >= count * hidden_size:
+                    raise ValueError("a block has a feature beyond its end")
+                within = places < rows * hidden_size
+                row, channel = places[within] // hidden_size, places[within] % hidden_size
+                features = block[begin + 4 * num_escaped :].copy().view(out.dtype)[within]
+                as_they_are.append(((row, number * hidden_size + channel), features))
+        self._dequantise(symbols, (steps << 16).view(np.float32), _as_tensor(out, dtype))
+        for at, features in as_they_are:
+            out[at] = features
+
+    def _dequantise(self, symbols: np.ndarray, steps: np.ndarray, out: Tensor) -> None:
+        layers, hidden_size = self._shape
+        at_once = _AT_ONCE if torch.get_num_threads() == 1 else _ONE_THREAD
+        by_layer, all_steps = out.unflatten(1, (layers, hidden_size)), torch.from_numpy(steps)[..., None]
+        for part in _parts(len(out), out.shape[1], at_once):
+            wide, rest = _scratch(symbols[part].shape)
+            np.copyto(wide, symbols[part])
+            numbers = torch.from_numpy(wide)
+            if not self._is_sorted:
+                numbers = torch.index_select(numbers, 1, self._unsorted, out=torch.from_numpy(rest))
+            states = numbers.view(-1, layers, hidden_size)
+            by_layer[part] = torch.addcmul(self._mean_tensor, states, all_steps[part], out=states)
+
+
+def _parts(rows: int, width: int, at_once: int) -> Iterator[slice]:
+    """The rows that are worked on at a time."""
+    step = max(1, at_once // width)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def _chosen_columns(rows: Tensor, columns: Tensor, out: Tensor) -> None:
+    at_once = _AT_ONCE if torch.get_num_threads() == 1 else _ONE_THREAD
+    for part in _parts(len(rows), rows.shape[1], at_once):
+        torch.index_select(rows[part], 1, columns, out=out[part])
+
+
+def _as_tensor(bits: np.ndarray, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(bits.view(f"<i{bits.itemsize}")).view(dtype)
+
+
+def _widen(rows: np.ndarray, dtype: torch.dtype, out: np.ndarray) -> None:
+    """The elements whose bits ``rows`` are, as float32."""
+    if dtype == torch.bfloat16:
+        np.left_shift(rows, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        np.copyto(out, rows.view({torch.float16: np.float16, torch.float32: np.float32}[dtype]))
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """float32 values rounded to those that bfloat16 has."""
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def _energy(rows: np.ndarray) -> np.ndarray:
+    """float32 ``[n]``: the sum of squares of each row."""
+    return np.einsum("rh,rh->r", rows, rows)
+
+
+_thread = threading.local()
+
+
+def _scratch(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Two float32 arrays, not cleared, that this thread uses again: new pages cost time."""
+    count, found = math.prod(shape), getattr(_thread, "scratch", None)
+    if found is None or len(found[0]) < count:
+        found = _thread.scratch = [np.empty(max(count, _AT_ONCE), np.float32) for _ in range(2)]
+    return found[0][:count].reshape(shape), found[1][:count].reshape(shape)
+
+
+def _symbols(shape: tuple[int, ...]) -> np.ndarray:
+    """int8, not cleared, that this thread uses again."""
+    count, found = math.prod(shape), getattr(_thread, "symbols", None)
+    if found is None or len(found) < count:
+        found = _thread.symbols = np.empty(max(count, _AT_ONCE), np.int8)
+    return found[:count].reshape(shape)
