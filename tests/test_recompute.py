@@ -112,3 +112,19 @@ def test_damage_of_one_layer_behind_a_massive_first_token_is_found(whole, target
     assert code == 1
     assert {problem["sample"] for problem in problems} == set(range(8)), "not a sample passes"
     assert all("layer 3 is not what the target gives" in problem["problem"] for problem in problems)
+
+
+@pytest.mark.parametrize("codec", ["quant", "quant:fine"])
+def test_what_a_coarse_codec_may_change_hides_no_damage(whole, target, cli, tmp_path, codec):
+    """Its error is allowed; another token's state, a token of zeros, or a layer that is 5 % too large is not."""
+    assert cli("recode", whole, tmp_path / "right", "--codec", codec)[0] == 0
+    checked = ("--recompute", "8", "--target", target, "--device", "cpu", "--json")
+    code, out, err = cli("verify", tmp_path / "right", *checked)
+    assert code == 0, out + err
+    for damage in (shuffled, one_token_zeroed, scaled, "of another sample"):
+        name = getattr(damage, "__name__", "other")
+        wrong = shutil.copytree(whole, tmp_path / name)
+        rewritten(wrong, damage)
+        assert cli("recode", wrong, tmp_path / f"{name}-coded", "--codec", codec)[0] == 0
+        code, out, _ = cli("verify", tmp_path / f"{name}-coded", *checked)
+        assert (code, {problem["sample"] for problem in json.loads(out)["problems"]}) == (1, set(range(8))), name

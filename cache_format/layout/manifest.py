@@ -42,6 +42,9 @@ LATER_IDENTITY = (
 STATISTICS = "codec.statistics"
 """Identity field: digest of what a codec knows of the states; only where it has to know any."""
 
+CODEC_BEFORE = "codec.before"
+"""Identity field: the lossy codec of the cache that this one was recoded from; the states were rounded twice."""
+
 LATER: Mapping[str, Any] = {"later": True}
 """Metadata of fields that caches of earlier versions of this package do not have. They then have their default, and are
 not written where they have it, so that such a manifest stays what it was to the byte."""

@@ -1,8 +1,8 @@
 """recode: a complete cache -> the same cache with another codec, shard by shard, without the target.
 
 The copy has the same samples in the same shards, so it is the cache that ``extract --codec`` with the other options
-as they were would have made: the same fingerprint, and for lossless codecs the same bytes of every shard. So the same
-``extract`` command can mend it.
+as they were would have made: the same fingerprint and the same bytes of every shard. So the same ``extract`` command
+can mend it. From fp8 only quant is made; the identity then says so, and extract refuses it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from cache_format.codecs import CalibrationShare, Codec, codec_named
+from cache_format.codecs import CalibrationShare, Codec, Fp8Codec, QuantCodec, codec_named
 from cache_format.codecs.dtypes import DTYPES
 from cache_format.errors import CacheError, InputError
 from cache_format.layout.index import INDEX_NAME, SHARDS_NAME
 from cache_format.layout.manifest import (
+    CODEC_BEFORE,
     MANIFEST_NAME,
     STATISTICS,
     CommandLine,
@@ -80,7 +81,7 @@ def recode(
     Each sample's checksum is checked as it is read if ``cache`` was opened with ``verify="sample"``.
 
     Args:
-        cache: complete, and of a lossless codec.
+        cache: complete, and of a lossless codec; or of fp8, for quant.
         out: new, or begun by the same recode.
         codec_name: as ``--codec`` takes it, such as ``zbits`` or ``quant:fine``.
         threads: shards that are worked on at a time; each takes memory for two shards.
@@ -187,7 +188,7 @@ def chosen_codec(source: OpenCache, codec_name: str) -> Codec:
     """The codec of the copy; what it has to know of the states is read from ``source``.
 
     Raises:
-        InputError: unknown, the one that ``source`` has, or ``source`` is lossy or not complete.
+        InputError: unknown, the one that ``source`` has, or ``source`` is lossy (but fp8 for quant) or not complete.
     """
     have = codec_named(source.manifest.codec["name"])
     try:
@@ -198,7 +199,7 @@ def chosen_codec(source: OpenCache, codec_name: str) -> Codec:
         raise InputError(f"{source.where}: only a complete cache can be recoded; finish it with its extract command")
     if codec.name == have.name:
         raise InputError(f"{source.where}: its codec is {have.name} already")
-    if not have.lossless:
+    if not (have.lossless or (have.name, codec.name) == (Fp8Codec.name, QuantCodec.name)):
         raise InputError(
             f"{source.where}: its codec {have.name} has rounded the states; recode the cache that it was made from, "
             "or extract again with --codec"
@@ -224,7 +225,9 @@ def recoded_manifest(source: Manifest, codec: Codec, command: CommandLine | None
     """Of the copy, before its shards are made; state extracting."""
     files = {name: info for name, info in source.files.items() if name not in (INDEX_NAME, SHARDS_NAME)}
     kept = {name: value for name, value in source.identity.items() if name != STATISTICS}
-    identity = {**kept, **codec_identity(codec)}
+    before = codec_named(source.codec["name"])
+    rounded = {} if before.lossless else {CODEC_BEFORE: before.name}
+    identity = {**kept, **codec_identity(codec), **rounded}
     changes: dict[str, Any] = {"codec": codec.to_dict(), "quarantined": [], "measured": None, "command": command}
     return source.extracting(identity, files=files, **changes)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache_format.codecs import codec_from_dict
+from cache_format.codecs import Codec, codec_from_dict, codec_named
 from cache_format.errors import InputError
-from cache_format.layout.manifest import Manifest, require_same_identity
+from cache_format.layout.manifest import CODEC_BEFORE, Manifest, require_same_identity
 from cache_format.layout.shard_layout import shard_name
 from cache_format.reading.feature_cache import FeatureCache
 from cache_format.upkeep.problem import Problem
@@ -128,10 +128,13 @@ def recompute(
 
 
 def tolerance_of(manifest: Manifest) -> Errors:
-    """Rounding and the codec's error are independent; neither makes up for the other."""
-    codec = codec_from_dict(manifest.codec).relative_error
+    """Rounding and the codec's error are independent; neither makes up for the other; the codec before, too."""
+    codecs: list[Codec] = [codec_from_dict(manifest.codec)]
+    if CODEC_BEFORE in manifest.identity:
+        codecs.append(codec_named(manifest.identity[CODEC_BEFORE]))
     rounding = TOLERANCE[manifest.torch_dtype]
-    return Errors(**{name: value + codec for name, value in vars(rounding).items()})
+    worst, usual = (sum(found) for found in zip(*((c.relative_error, c.usual_error) for c in codecs), strict=True))
+    return Errors(worst=rounding.worst + worst, p99=rounding.p99 + worst, median=rounding.median + usual)
 
 
 def token_errors(cache: FeatureCache, i: int, backend: TargetBackend, device: torch.device) -> np.ndarray:

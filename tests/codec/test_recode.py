@@ -8,6 +8,7 @@ import shutil
 import pytest
 import soak_kill
 import torch
+from codec_caches import close
 from jobs import contents
 
 from cache_format import CacheError, FeatureCache, InputError, MismatchError
@@ -111,3 +112,17 @@ def test_recode_killed_at_random_operations_ends_in_the_same_bytes(made, extract
             break
     assert soak_kill.run(arguments, tmp_path / "log") == 0
     assert contents(tmp_path / "c") == contents(extracted / codec)
+
+
+def test_fp8_becomes_quant_and_says_that_it_was_rounded_twice(made, extracted, job, tiny_target, tmp_path, cli):
+    out = tmp_path / "twice"
+    assert cli("recode", extracted / "fp8", out, "--codec", "quant")[0] == 0
+    raw, twice = FeatureCache.open(made), FeatureCache.open(out, verify="sample")
+    assert twice.manifest.identity["codec.before"] == "fp8"
+    assert twice.manifest.fingerprint != FeatureCache.open(extracted / "quant").manifest.fingerprint
+    assert all(close("quant", raw[i].hidden_states, twice[i].hidden_states) for i in range(len(raw)))
+    code, _, err = cli("verify", out, "--recompute", 5, "--target", tiny_target)
+    assert code == 0, err
+    code, _, err = cli("extract", *job, "--codec", "quant", "--out", out)
+    assert (code, "codec.before" in err) == (2, True), "it would put shards of other bytes beside these"
+    assert cli("recode", extracted / "quant", tmp_path / "x", "--codec", "fp8")[0] == 2
