@@ -68,7 +68,7 @@ class Trial:
     """One codec on one set of states: what it stores, and how to run it again."""
 
     def __init__(self, codec_name: str, rows: torch.Tensor, states: States):
-        self.codec, self.rows, self.states = codec_named(codec_name), rows, states
+        self.codec, self.rows, self.states = codec_named(codec_name).calibrated(rows, states), rows, states
         self.out = torch.empty_like(rows)
         if isinstance(self.codec, RowCodec):
             tensors = self.codec.tensors(states)
@@ -87,7 +87,8 @@ class Trial:
             return self.codec.encode(self.rows, self.stored, self.states)
         assert isinstance(self.codec, BlockCodec)
         self.shared = self.codec.shared(self.bits, self.states)
-        return self.codec.encode_sample(self.bits, self.shared, self.memory)
+        energy = np.zeros((2, self.states.layers))
+        return self.codec.encode_sample(self.bits, self.shared, self.memory, self.states, energy)
 
     def decode(self) -> None:
         """Decode them into memory that is there."""
@@ -96,7 +97,7 @@ class Trial:
         else:
             assert isinstance(self.codec, BlockCodec)
             stored = self.memory[: self.bytes]
-            self.codec.decode_sample(stored, self.shared, len(self.rows), bits_of(self.out, self.states))
+            self.codec.decode_sample(stored, self.shared, len(self.rows), bits_of(self.out, self.states), self.states)
 
 
 def seconds(run: Run) -> float:

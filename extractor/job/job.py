@@ -16,6 +16,7 @@ from cache_format.errors import CacheError, InputError
 from cache_format.layout.manifest import (
     LATER_IDENTITY,
     MANIFEST_NAME,
+    STATISTICS,
     DataInfo,
     Manifest,
     SourceInfo,
@@ -325,7 +326,7 @@ class Job:
             manifest = self.commit(planned)
             plan = self.plan(manifest, samples)
         # What the target has not decided is not as it was, if it was there.
-        later = set(LATER_IDENTITY) - {"samples"}
+        later = set(LATER_IDENTITY) - {"samples", STATISTICS}
         as_before = {name: value for name, value in manifest.identity.items() if name not in later}
         require_same_identity(self.where, manifest.identity, {**as_before, **decided})
         return manifest, plan, backend
