@@ -145,8 +145,11 @@ def _answer_turns(value: Any, column: str, reasoning: Any = None) -> list[Turn]:
     if isinstance(value, str):
         turn = _said("assistant", value)
         return [Turn({**turn.message, "reasoning_content": reasoning})] if reasoning else [turn]
+    if isinstance(value, list) and all(isinstance(turn, str) for turn in value):
+        one = f"; to learn the first one: --columns response={column}.0" if value else ""
+        raise BadRow(f"{column!r} is {kind_of(value)}, not a text{one}")
     turns = turns_of(value, column) if isinstance(value, list | Mapping) else []
-    if not turns or (isinstance(value, list) and all(isinstance(turn, str) for turn in value)):
+    if not turns:
         raise BadRow(f"{column!r} is {kind_of(value)}, not a text")
     return turns
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cache_format.errors import InputError
+from extractor.data.column_paths import head, paths_among
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -84,7 +85,8 @@ class Form:
     def unused(self, columns: Sequence[str]) -> list[str]:
         """Those of ``columns`` that nothing is taken from."""
         known = {alias for aliases in OPTIONAL.values() for alias in aliases} | set(MEDIA) | {"attention_mask"}
-        return [c for c in columns if c not in self.columns.values() and c.lower() not in known]
+        taken = {*self.columns.values(), *map(head, paths_among(self.columns.values(), columns))}
+        return [c for c in columns if c not in taken and c.lower() not in known]
 
 
 def form_of(columns: Sequence[str], row_format: str | None = None, named: Mapping[str, str] | None = None) -> Form:
@@ -222,6 +224,9 @@ def _single_messages(free: Mapping[str, str]) -> bool:
     return "role" in free or "parent_id" in free
 
 
+_INSIDE = "; one inside a list or an object is written with dots, such as answers.0.text"
+
+
 def _way_out(free: Mapping[str, str]) -> str:
     """What to do with columns that no format has."""
     if "replies" in free or "message_tree_id" in free or "parent_id" in free:
@@ -241,11 +246,11 @@ def _way_out(free: Mapping[str, str]) -> str:
     if prompt is not None and len(free) == 1:
         return "There are prompts without answers: let the target answer them first"
     if prompt is not None:
-        return f"Say which column is the answer: --columns prompt={prompt},response=COLUMN"
+        return f"Say which column is the answer: --columns prompt={prompt},response=COLUMN{_INSIDE}"
     if answer is not None:
-        return f"Say which column is the prompt: --columns prompt=COLUMN,response={answer}"
+        return f"Say which column is the prompt: --columns prompt=COLUMN,response={answer}{_INSIDE}"
     return (
         "Rows need messages (or conversations), a prompt and a response (or instruction and output, question and "
         "answer, prompt and chosen), text, or input_ids. Say which column is what: --columns prompt=COLUMN,"
-        "response=COLUMN (or messages=COLUMN, or text=COLUMN)"
+        f"response=COLUMN (or messages=COLUMN, or text=COLUMN){_INSIDE}"
     )

@@ -24,6 +24,7 @@ from cache_format.storage.commit import make_folder
 from extractor.config import PrepareOptions
 from extractor.data.bad_row import BadRow, LeftOut, guarded
 from extractor.data.chat_template import ChatTemplate
+from extractor.data.column_paths import paths_among, with_paths
 from extractor.data.conversation import Conversation, check_text, conversation_of, text_of
 from extractor.data.dataset import RawRow, Rows, RowSource, parse_row
 from extractor.data.division import ALL, Division
@@ -104,7 +105,12 @@ def require_forms(source: RowSource, tokenizer: Any, options: PrepareOptions) ->
 
 def form_of_source(columns: tuple[str, ...], options: PrepareOptions) -> Form:
     """The form of the rows of a source with these columns."""
+    columns = (*columns, *_paths(columns, options))
     return form_of(columns, options.row_format, named_for(columns, dict(options.columns)))
+
+
+def _paths(columns: tuple[str, ...], options: PrepareOptions) -> tuple[str, ...]:
+    return paths_among((column for _, column in options.columns), columns)
 
 
 @lru_cache(maxsize=64)
@@ -118,7 +124,7 @@ def encoder(tokenizer: Any, options: PrepareOptions, columns: tuple[str, ...]) -
     """
     form = form_of_source(columns, options)
     loss_on = _loss_on(form, options.loss_on, columns)
-    parsed = partial(_parsed, tokenizer, options.num_embeddings)
+    parsed = partial(_parsed, tokenizer, options.num_embeddings, _paths(columns, options))
     if form.row_format == "input_ids":
         return parsed(lambda row: [ids_of(form.renamed(row), len(tokenizer), loss_on, tokenizer.pad_token_id)])
     if form.row_format == "text":
@@ -144,14 +150,14 @@ def encoder(tokenizer: Any, options: PrepareOptions, columns: tuple[str, ...]) -
 
 
 def _parsed(
-    tokenizer: Any, num_embeddings: int | None, encode: Callable[[dict[str, Any]], list[Ids]]
+    tokenizer: Any, num_embeddings: int | None, paths: tuple[str, ...], encode: Callable[[dict[str, Any]], list[Ids]]
 ) -> Callable[[RawRow | None], Encoded]:
     def encode_raw(raw: RawRow | None) -> Encoded:
         if raw is None:
             raise LeftOut("is left out by its source's weight", "by_weight")
         with guarded():
             row = parse_row(raw)
-            encoded = encode(row) if row is not None else []
+            encoded = encode(with_paths(row, paths)) if row is not None else []
             for ids, _ in encoded:
                 if num_embeddings is not None and len(ids) and ids.max() >= num_embeddings:
                     _refuse_token(tokenizer, int(ids.max()), num_embeddings)
