@@ -13,11 +13,26 @@ from typing import Any
 
 import pyarrow as pa
 
+from extractor.data.bad_row import BadRow
+
 Prune = Callable[[Any], Any]
 
 
-def rows_of(table: pa.Table) -> list[dict[str, Any]]:
-    """The rows of ``table`` as Python objects."""
+def rows_of(table: pa.Table) -> list[dict[str, Any] | BadRow]:
+    """The rows of ``table`` as Python objects; what is wrong with one that is damaged, in its place.
+
+    Arrow itself reads past the end of its memory where a file's offsets say so; it is checked before.
+    """
+    try:
+        table.validate(full=True)
+        return [*_rows_of(table)]
+    except (pa.ArrowException, ValueError) as error:
+        if len(table) == 1:
+            return [BadRow(f"is damaged: {error}")]
+    return [row for number in range(len(table)) for row in rows_of(table.slice(number, 1))]
+
+
+def _rows_of(table: pa.Table) -> list[dict[str, Any]]:
     columns = []
     for name in table.column_names:
         column = table.column(name)

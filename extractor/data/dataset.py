@@ -47,8 +47,10 @@ def parse_row(raw: RawRow) -> dict[str, Any] | None:
     """The row as a dict; None for a blank line.
 
     Raises:
-        BadRow: a line that is not UTF-8, not JSON or not a JSON object.
+        BadRow: a line that is not UTF-8, not JSON or not a JSON object; a row of a table that is damaged.
     """
+    if isinstance(raw, BadRow):
+        raise raw
     if not isinstance(raw, bytes):
         return raw
     if not raw.strip():

@@ -26,10 +26,11 @@ import zstandard
 
 from cache_format.errors import InputError, StorageError
 from extractor.data.arrow_rows import rows_of
+from extractor.data.bad_row import BadRow
 from extractor.data.json_values import json_values
 
-RawRow = bytes | dict[str, Any]
-"""One row as read: a line or value of JSON, not parsed yet, or a dict."""
+RawRow = bytes | dict[str, Any] | BadRow
+"""One row as read: a line or value of JSON, not parsed yet, or a dict; of a table, why it cannot be one, too."""
 
 KINDS = {".jsonl": "lines", ".ndjson": "lines", ".jsonlines": "lines", ".json": "json", ".parquet": "table"}
 COMPRESSED = (".gz", ".zst", ".bz2")
