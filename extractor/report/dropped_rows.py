@@ -11,7 +11,7 @@ from cache_format.layout.manifest import DataInfo
 from cache_format.layout.samples import PartInfo
 from extractor.job.show import place
 
-EXAMPLES = 3
+EXAMPLES, MOST_LOOKED_AT = 3, 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +40,14 @@ def dropped_rows(data: DataInfo, parts: Iterable[tuple[PartInfo, np.ndarray]]) -
     certain: dict[str, list[int]] = {reason: [] for reason in wanted}
     perhaps: dict[str, list[int]] = {reason: [] for reason in wanted}
     for info, source_rows in parts:
-        if all(len(rows) >= EXAMPLES for rows in certain.values()):
+        if all(len(rows) >= MOST_LOOKED_AT for rows in certain.values()):
             break
         _examples_of(info, source_rows, certain, perhaps)
     found = [
         DroppedRows(
             reason=reason,
             rows=data.dropped[reason],
-            examples=[place(data, row) for row in (certain[reason] or perhaps[reason])],
+            examples=_places(data, certain[reason] or perhaps[reason]),
             certain=bool(certain[reason]),
         )
         for reason in wanted
@@ -70,8 +70,14 @@ def _examples_of(
         return
     there = np.zeros(info.stop_row - info.first_row, bool)
     there[source_rows - info.first_row] = True
-    missing = (np.flatnonzero(~there)[:EXAMPLES] + info.first_row).tolist()
+    missing = (np.flatnonzero(~there)[:MOST_LOOKED_AT] + info.first_row).tolist()
     into = certain if len(reasons) == 1 else perhaps
     for reason in reasons:
         if reason in into:
-            into[reason].extend(missing[: EXAMPLES - len(into[reason])])
+            into[reason].extend(missing[: MOST_LOOKED_AT - len(into[reason])])
+
+
+def _places(data: DataInfo, rows: list[int]) -> list[str]:
+    """Of the first of ``rows`` that are not known to be bad."""
+    bad = {bad.first for bad in data.bad_rows.values()}
+    return [where for where in (place(data, row) for row in rows) if where not in bad][:EXAMPLES]

@@ -56,7 +56,7 @@ _STYLE: Any = {
 
 def lengths(figures: SampleFigures, source: SourceFigures) -> str:
     """Samples of one source by their tokens, and by those that are learned."""
-    with _drawn("samples by length") as (axes, done):
+    with _drawn("samples by length", height=3.3) as (axes, done):
         edges = np.asarray(figures.length_edges)
         axes.stairs(source.lengths, edges, fill=True, color=BLUE, alpha=0.35, label="tokens")
         axes.stairs(source.learned_counts, edges, color=ORANGE, linewidth=1.8, label="learned tokens")
@@ -64,13 +64,13 @@ def lengths(figures: SampleFigures, source: SourceFigures) -> str:
             axes.axvline(figures.max_length, color=GREY, linestyle=":", linewidth=1.2)
         axes.set(xlabel="tokens of a sample", ylabel="samples", xlim=(0, edges[-1]))
         _whole(axes)
-        axes.legend(loc="upper right")
+        _legend_below(axes)
     return done[0]
 
 
 def learned_shares(source: SourceFigures) -> str:
     """Samples of one source by the share of their tokens that is learned."""
-    with _drawn("samples by learned share") as (axes, done):
+    with _drawn("samples by learned share", height=3.3) as (axes, done):
         counts = source.learned_shares
         axes.stairs(counts, np.linspace(0, 100, len(counts) + 1), fill=True, color=ORANGE, alpha=0.7)
         axes.axvline(100 * source.share, color="#333333", linestyle="--", linewidth=1.2)

@@ -70,7 +70,7 @@ def _samples(report: Report) -> list[str]:
         lines.append(f"at --max-length {samples.max_length:,} ({samples.too_long}): {samples.at_max_length:,} samples")
     lines.append(f"rows that gave no sample: {sum(one.rows for one in report.dropped):,} of {report.rows:,}")
     for one in report.dropped:
-        such_as = f", such as {one.examples[0]}" if one.examples and one.certain else ""
+        such_as = f", {'such as' if one.certain else 'perhaps'} {one.examples[0]}" if one.examples else ""
         lines.append(f"  {one.rows:,} {one.reason}{such_as}")
     return lines
 
