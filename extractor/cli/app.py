@@ -51,8 +51,8 @@ app = typer.Typer(
     help=(
         "Run a frozen target LLM once over a dataset and cache what a DFlash draft trains on.\n\n"
         "[bold]preview[/bold] the data, [bold]estimate[/bold] what it will take, [bold]extract[/bold] it, "
-        "[bold]inspect[/bold], [bold]show[/bold] and [bold]verify[/bold] it; a trainer reads it with "
-        "cache_format.FeatureCache.\n\n"
+        "[bold]inspect[/bold], [bold]show[/bold], [bold]report[/bold] and [bold]verify[/bold] it; a trainer reads it "
+        "with cache_format.FeatureCache.\n\n"
         "Exit codes: 0 done or whole; 1 failed on the way, or damaged; 2 could not start (bad input, another "
         "cache, locked by another process); 130 or 143 stopped by Ctrl-C or SIGTERM, run it again."
     ),

@@ -11,12 +11,12 @@ import typer
 
 from cache_format.errors import InputError
 from extractor.cli.exit_codes import or_could_not_run
-from extractor.cli.options import Cache, Debug, Json
+from extractor.cli.options import Debug, Json, OneCache
 from extractor.cli.output import show
 
 
 def report(
-    cache: Cache,
+    cache: OneCache,
     html: Annotated[
         Path | None,
         typer.Option(

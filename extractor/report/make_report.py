@@ -82,6 +82,8 @@ class Report:
     data: str
     rows: int
     """of the dataset"""
+    command: str
+    """that began the cache; "" where the cache does not say"""
     identity: dict[str, Any]
     findings: list[Finding]
     samples: SampleFigures
@@ -144,6 +146,7 @@ def make_report(where: Path | str, samples: int, given: Given | None = None) -> 
         codec=manifest.codec["name"],
         data=manifest.data.name,
         rows=manifest.data.rows,
+        command=manifest.command.shell() if manifest.command else "",
         identity=manifest.identity,
         findings=sorted(findings, key=lambda one: ("wrong", "look", "note").index(one.level)),
         samples=figures,

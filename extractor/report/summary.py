@@ -48,7 +48,12 @@ def _findings(report: Report) -> list[str]:
 
 
 def _job(report: Report) -> list[str]:
-    facts = [*job_facts(report.job, report.runs), ("verified", verdict(report.verified) if report.verified else "no")]
+    made_by = [("made by", report.command)] if report.command else []
+    facts = [
+        *made_by,
+        *job_facts(report.job, report.runs),
+        ("verified", verdict(report.verified) if report.verified else "no"),
+    ]
     return [f"{name:<12}{value}" for name, value in facts]
 
 
