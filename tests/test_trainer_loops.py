@@ -1,4 +1,4 @@
-"""The trainer loops of README.md ("Other trainers"), run as they stand there; only path and device are replaced.
+"""The loops of cache_format/TRAINERS.md ("A loop to copy"), run as they stand; only path and device are replaced.
 
 With stand-ins for the projects' own drafts and loops always; with the projects themselves where they are installed.
 """
@@ -21,12 +21,13 @@ from torch.nn import functional as F
 
 from cache_format import DFlashTargetBatch, FeatureCache, InputError
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+TRAINERS = ROOT / "cache_format" / "TRAINERS.md"
 
 
 def loop(title: str, cache: Path) -> str:
-    """The code below ``**title**`` in "Other trainers", for a cache and the CPU."""
-    section = README.read_text().split("\n## Other trainers\n")[1].split("\n## ")[0]
+    """The code below ``**title**`` in "A loop to copy", for a cache and the CPU."""
+    section = TRAINERS.read_text().split("\n## A loop to copy\n")[1].split("\n## ")[0]
     lines = section.split(f"**{title}**")[1].split("\n**")[0].splitlines()
     code = textwrap.dedent("\n".join(line for line in lines if line.startswith("    ") or not line))
     assert '"/data/cache"' in code
@@ -284,7 +285,7 @@ def test_nemo_automodel_itself(made, tiny_target, tmp_path):
     script = tmp_path / "train_from_cache.py"
     script.write_text(loop("NeMo AutoModel", made).replace("validation=0.02", "validation=0.0"))
     command = [sys.executable, script, "--config", tmp_path / "dflash.yaml"]
-    environment = {**os.environ, "PYTHONPATH": str(README.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     steps = -(-len(FeatureCache.open(made)) // 4)
     assert done.returncode == 0, done.stderr[-2000:]
