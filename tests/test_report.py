@@ -134,6 +134,15 @@ def test_some_samples_of_many(cli, made):
     assert report_of(cli, made, "--samples", "20") == report
 
 
+def test_text_to_browse_has_bounds(cli, made, monkeypatch):
+    """The page stays below 2 MB whatever the text."""
+    all_of_them = report_of(cli, made)["browsed"]
+    monkeypatch.setattr("extractor.report.browsed_rows.MOST_CHARACTERS", 5000)
+    some = report_of(cli, made)["browsed"]
+    assert 0 < len(some) < 20 < len(all_of_them)
+    assert some == all_of_them[: len(some)]
+
+
 def test_an_unfinished_cache_says_so(cli, tmp_path):
     synthetic_cache.write_cache(
         tmp_path / "c",

@@ -18,7 +18,7 @@ MOST_ROWS = 150
 FIRST_TOKENS, LAST_TOKENS = 384, 128
 """Of a longer sample the middle is left out."""
 
-MOST_CHARACTERS = 1_000_000
+MOST_CHARACTERS = 800_000
 """Of text in all, as HTML: the page stays below 2 MB."""
 
 

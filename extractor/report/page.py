@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
@@ -23,6 +24,9 @@ from extractor.report.job_words import job_facts, verdict
 from extractor.report.make_report import Report
 from extractor.terminal.learned_text import printable
 from extractor.terminal.progress import compact, size
+
+MOST_POSITION_PLOTS = 12
+"""Layers whose norms are plotted by place, spread evenly, the first and the last among them."""
 
 LEAST_BINS = 4
 """Of a throughput that is worth a plot."""
@@ -84,8 +88,9 @@ def _state_plots(report: Report) -> Iterator[str]:
 
 def _position_plots(report: Report) -> Iterator[str]:
     if report.states:
-        for layer in range(len(report.states.layers)):
-            yield plots.position_norms(report.states, layer)
+        count = len(report.states.layers)
+        for layer in np.unique(np.linspace(0, count - 1, min(count, MOST_POSITION_PLOTS)).round().astype(int)):
+            yield plots.position_norms(report.states, int(layer))
 
 
 def _job_plots(report: Report) -> Iterator[str]:

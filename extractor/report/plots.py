@@ -11,6 +11,7 @@ Colours are those of Okabe and Ito, and viridis for what has an order: both can 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -129,7 +130,10 @@ def position_norms(states: StateFigures, layer: int) -> str:
 
 def channel_sizes(states: StateFigures) -> str:
     """Channels of each layer, largest first: outliers stand at the left."""
-    with _drawn("channels by size", height=3.3) as (axes, done):
+    many = len(states.layers) > 12
+    first, last = states.layers[0].layer, states.layers[-1].layer
+    title = f"channels by size (dark: layer {first}, light: {last})" if many else "channels by size"
+    with _drawn(title, height=3.3) as (axes, done):
         colours = _ordered(len(states.layers))
         for layer, colour in zip(states.layers, colours, strict=True):
             axes.plot(states.ranks, layer.channel_sizes, color=colour, linewidth=1.6, label=f"{layer.layer}")
@@ -138,7 +142,7 @@ def channel_sizes(states: StateFigures) -> str:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="channel, largest first", ylabel="root mean square")
         _log(axes, [size for layer in states.layers for size in layer.channel_sizes])
-        if len(states.layers) <= 12:
+        if not many:
             _legend_below(axes, columns=6, title="layer")
     return done[0]
 
@@ -149,15 +153,14 @@ def similarity(states: StateFigures) -> str:
     ids = [str(layer.layer) for layer in states.layers]
     known = np.asarray([[np.nan if cosine is None else cosine for cosine in row] for row in states.similarity])
     lowest = -1 if (known < 0).any() else 0
-    side = max(3.6, 0.36 * count)
+    side = min(max(3.6, 0.36 * count), 6.4)
     with _drawn("similarity of layers", height=side * 0.86, width=max(_WIDTH, side)) as (axes, done):
         axes.set_facecolor("#DDDDDD")
-        image = axes.pcolormesh(known, cmap="viridis", vmin=lowest, vmax=1)
+        image = axes.imshow(known, cmap="viridis", vmin=lowest, vmax=1, interpolation="nearest")
         axes.grid(False)
-        axes.set_aspect("equal")
-        axes.set_xticks(np.arange(count) + 0.5, ids)
-        axes.set_yticks(np.arange(count) + 0.5, ids)
-        axes.invert_yaxis()
+        every = max(1, math.ceil(count / 24))
+        axes.set_xticks(np.arange(count)[::every], ids[::every])
+        axes.set_yticks(np.arange(count)[::every], ids[::every])
         axes.tick_params(length=0)
         axes.set(xlabel="target layer", ylabel="target layer")
         axes.spines[:].set_visible(False)
@@ -165,8 +168,9 @@ def similarity(states: StateFigures) -> str:
             for (row, column), cosine in np.ndenumerate(known):
                 light = np.isfinite(cosine) and (cosine - lowest) / (1 - lowest) < 0.55
                 text = f"{cosine:.2f}" if np.isfinite(cosine) else "-"
-                at = (column + 0.5, row + 0.5)
-                axes.text(*at, text, ha="center", va="center", fontsize=8.5, color="white" if light else "#111111")
+                axes.text(
+                    column, row, text, ha="center", va="center", fontsize=8.5, color="white" if light else "#111111"
+                )
         axes.figure.colorbar(image, ax=axes, label="cosine, channel means taken away", shrink=0.9).outline.set_visible(
             False
         )
@@ -221,17 +225,21 @@ def _drawn(title: str, width: float = _WIDTH, height: float = _HEIGHT) -> Iterat
         yield axes, done
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    done.append(_inline(out.getvalue(), title))
+    done.append(_inline(out.getvalue(), title, broad=width > _WIDTH))
 
 
-def _inline(svg: str, title: str) -> str:
-    """Without what a page does not need: the XML head, and ids that several plots would share."""
+def _inline(svg: str, title: str, *, broad: bool) -> str:
+    """Without what a page does not need: the XML head, and ids that several plots would share.
+
+    ``broad``: the page gives it a row of its own, and a narrow screen scrolls it.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="[a-zA-Z]+[A-Za-z_]*_\d+"', "", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    kind = ' class="broad"' if broad else ""
+    return svg.replace("<svg", f'<svg role="img" aria-label="{title}"{kind}', 1)
 
 
 def _whole(axes: Axes) -> None:
@@ -253,7 +261,7 @@ def _log(axes: Axes, values: Sequence[float]) -> None:
     low, high = _limits(values)
     axes.set_yscale("log")
     axes.set_ylim(low, high)
-    many = high / low > 1e3
+    many = high / low > 300
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if many else (1.0, 2.0, 5.0), numticks=8))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: compact(y) if y >= 1 else f"{y:g}"))
