@@ -178,7 +178,7 @@ def train_and_decode(args: argparse.Namespace, caches: dict[str, FeatureCache]) 
                 continue
             print(f"-- {codec}, seed {seed}", flush=True)
             config = config_for(cache, num_layers=2, num_heads=None, block_size=8, mask_token_id=None)
-            draft, options = new_draft(config, seed), TrainOptions(steps=args.steps, seed=seed)
+            draft, options = new_draft(config, seed, cache.get_final_norm()), TrainOptions(steps=args.steps, seed=seed)
             embed, head = cache.get_input_embeddings().float(), cache.get_output_embeddings().float()
             batches = offline(cache, orders(len(cache), 8, args.steps, seed))
             curve = train(Trainer(draft, embed, head, options), batches, report_every=args.steps)

@@ -68,7 +68,7 @@ def both_ways(cache: FeatureCache, target: HFDFlashTargetModel, steps: list[np.n
     curves: dict[str, Any] = {}
     for name, batches in (("offline", offline(cache, steps)), ("online", online(cache, steps, target))):
         print(f"-- {name}", flush=True)
-        draft = new_draft(config, seed)
+        draft = new_draft(config, seed, cache.get_final_norm())
         curves[name] = train(Trainer(draft, embed, head, options), batches, report_every=100)
         curves.setdefault("draft", draft)
     return curves
@@ -99,7 +99,9 @@ def step_seconds(
     """Median seconds of a training step, offline and online taking turns."""
     config = config_for(cache, num_layers=2, num_heads=None, block_size=8, mask_token_id=None)
     embed, head = cache.get_input_embeddings(), cache.get_output_embeddings()
-    trainer = Trainer(new_draft(config, seed), embed, head, TrainOptions(steps=2 * len(steps), seed=seed))
+    trainer = Trainer(
+        new_draft(config, seed, cache.get_final_norm()), embed, head, TrainOptions(steps=2 * len(steps), seed=seed)
+    )
     times: dict[str, list[float]] = {"offline": [], "online": []}
     for pair in zip(offline_timed(cache, steps), online_timed(cache, steps, target), strict=True):
         for name, (batch, took) in zip(times, pair, strict=True):
@@ -222,7 +224,7 @@ def main() -> None:
     other = both_ways(cache, target, steps, args.seed)
     prompts = held_out_prompts(args)
     config = config_for(cache, num_layers=2, num_heads=None, block_size=8, mask_token_id=None)
-    before, _ = acceptance(target, cache, new_draft(config, args.seed), prompts, args.length)
+    before, _ = acceptance(target, cache, new_draft(config, args.seed, cache.get_final_norm()), prompts, args.length)
     after, different = acceptance(target, cache, other["draft"], prompts, args.length)
     seconds = step_seconds(cache, target, steps[:50], args.seed)
     figures = {

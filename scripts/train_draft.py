@@ -18,11 +18,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from dflash_draft import Draft, DraftConfig, block_loss, sample_anchors
 from torch import Tensor, nn
 
 from cache_format import DFlashCacheError, DFlashTargetBatch, FeatureCache, InputError
+from cache_format.layout.samples import part_path, read_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +69,15 @@ class Curve:
         path.write_text(json.dumps({**asdict(self), **more}) + "\n", encoding="utf-8")
 
 
-def new_draft(config: DraftConfig, seed: int) -> Draft:
-    """A draft with random weights that depend on the seed alone."""
+def new_draft(config: DraftConfig, seed: int, norm: Tensor | None = None) -> Draft:
+    """A draft with random weights that depend on the seed alone; its last norm begins as the target's, ``norm [H]``,
+    if that is known: the LM head is made for what comes out of it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Draft(config)
+        draft = Draft(config)
+    if norm is not None:
+        draft.norm.weight.data.copy_(norm)
+    return draft
 
 
 class Trainer:
@@ -117,23 +123,54 @@ def train(trainer: Trainer, batches: Iterable[DFlashTargetBatch], report_every: 
     )
 
 
+def mask_token(cache: FeatureCache, asked: int | None) -> int:
+    """``asked``; else the target's padding token or the first special token of its tokenizer that no sample has.
+
+    A padding token is often the one that ends a turn, which the data is full of: the draft would learn that nothing
+    follows it but MASK.
+
+    Raises:
+        InputError: it occurs in the data, or there is none that does not.
+    """
+    counts = token_counts(cache)
+    if asked is not None:
+        if not 0 <= asked < len(counts):
+            raise InputError(f"--mask-token-id {asked}: the vocabulary is 0..{len(counts) - 1}")
+        if counts[asked]:
+            raise InputError(
+                f"--mask-token-id {asked}: occurs {counts[asked]:,} times in the data; give one that does not"
+            )
+        return asked
+    config = json.loads((cache.path / "target" / "config.json").read_text(encoding="utf-8"))
+    tokenizer = cache.path / "target" / "tokenizer.json"
+    added = json.loads(tokenizer.read_text(encoding="utf-8"))["added_tokens"] if tokenizer.exists() else []
+    special = sorted(token["id"] for token in added if token["special"])
+    for token in (config.get("pad_token_id"), *special):
+        if isinstance(token, int) and 0 <= token < len(counts) and not counts[token]:
+            return token
+    raise InputError("every special token of the target occurs in the data; give a --mask-token-id that does not")
+
+
+def token_counts(cache: FeatureCache) -> np.ndarray:
+    """int64 ``[V]``: how often each token stands in the prepared samples."""
+    counts = np.zeros(cache.manifest.target.vocab_size, np.int64)
+    assert cache.manifest.totals is not None
+    for number in range(cache.manifest.totals.parts):
+        batch, _ = read_part(cache.folder.local(part_path(Path("samples"), number).as_posix()))
+        ids = np.asarray(batch.column("input_ids").flatten())
+        counts += np.bincount(ids, minlength=len(counts))[: len(counts)]
+    return counts
+
+
 def config_for(
     cache: FeatureCache, *, num_layers: int, num_heads: int | None, block_size: int, mask_token_id: int | None
 ) -> DraftConfig:
-    """A draft that fits the cache: heads 64 wide, and the target's padding token as MASK, unless said otherwise.
+    """A draft that fits the cache; by default heads are 64 wide, and MASK is a special token that no sample has.
 
     Raises:
         InputError: sizes that do not fit, or no token for MASK.
     """
-    if mask_token_id is None:
-        target = json.loads((cache.path / "target" / "config.json").read_text(encoding="utf-8"))
-        mask_token_id = target.get("pad_token_id")
-    vocab_size = cache.manifest.target.vocab_size
-    if mask_token_id is None or not 0 <= mask_token_id < vocab_size:
-        raise InputError(
-            f"--mask-token-id is {mask_token_id} (default: the target's padding token); "
-            f"give a token that does not occur in the data, 0..{vocab_size - 1}"
-        )
+    mask_token_id = mask_token(cache, mask_token_id)
     try:
         return DraftConfig(
             hidden_size=cache.hidden_size,
@@ -165,7 +202,7 @@ def run(args: argparse.Namespace) -> None:
         lr=args.lr,
         seed=args.seed,
     )
-    draft = new_draft(config, args.seed).to(args.device)
+    draft = new_draft(config, args.seed, cache.get_final_norm()).to(args.device)
     print(f"{cache}\ndraft of {sum(p.numel() for p in draft.parameters()):,} parameters, {options.steps:,} steps")
     embed, head = cache.get_input_embeddings().to(args.device), cache.get_output_embeddings().to(args.device)
 
@@ -194,7 +231,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, help="of the draft; default: 64 wide each")
     parser.add_argument("--lr", type=float, default=TrainOptions.lr)
     parser.add_argument("--gamma", type=float, default=TrainOptions.gamma, help="decay of the loss within a block")
-    parser.add_argument("--mask-token-id", type=int, help="default: the target's padding token")
+    parser.add_argument("--mask-token-id", type=int, help="default: a special token that the data has not")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and anchors")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -16,10 +16,11 @@ from dflash_draft import Draft, DraftConfig, block_loss, sample_anchors, visible
 from speculative import decode_greedily, decode_with_draft
 from synthetic import write_cache
 from torch import nn
-from train_draft import Trainer, TrainOptions, config_for, new_draft, train
+from train_draft import Trainer, TrainOptions, config_for, new_draft, token_counts, train
 from transformers import AutoModelForCausalLM
 
-from cache_format import DFlashTargetBatch, FeatureCache
+from cache_format import DFlashTargetBatch, FeatureCache, InputError
+from extractor.target.final_norm import final_norm_weight
 from extractor.target.hooks import HFDFlashTargetModel
 
 SCRIPTS = Path(prove_offline.__file__).parent
@@ -212,3 +213,61 @@ def test_what_cannot_be_trained_on_is_said(tmp_path):
         assert run.returncode == 1
         assert message in run.stderr
         assert "Traceback" not in run.stderr
+
+
+def test_mask_is_a_token_that_no_sample_has(single):
+    options = {"num_layers": 1, "num_heads": None, "block_size": 4}
+    samples = torch.cat([single[i].input_ids[0] for i in range(len(single))])
+    counts = token_counts(single)
+    assert torch.equal(torch.from_numpy(counts), samples.bincount(minlength=len(counts)))
+    assert counts[config_for(single, **options, mask_token_id=None).mask_token_id] == 0
+    unused = int((counts == 0).argmax())
+    assert config_for(single, **options, mask_token_id=unused).mask_token_id == unused
+    with pytest.raises(InputError, match="occurs"):
+        config_for(single, **options, mask_token_id=int(counts.argmax()))
+
+
+def test_a_padding_token_that_the_data_is_full_of_is_not_mask(tmp_path):
+    """As SmolLM2's, which ends turns; an unused special token is taken, and without one it says so."""
+    write_cache(tmp_path / "c", [50, 40, 60])
+    counts = token_counts(FeatureCache.open(tmp_path / "c"))
+    used, unused = int(counts.argmax()), int((counts == 0).argmax())
+    (tmp_path / "c/target/config.json").write_text(json.dumps({"pad_token_id": used}))
+    tokens = [{"id": used, "special": True}, {"id": unused, "special": True}]
+    options = {"num_layers": 1, "num_heads": 1, "block_size": 4, "mask_token_id": None}
+    for added, found in ((tokens, unused), (tokens[:1], None)):
+        (tmp_path / "c/target/tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+        cache = FeatureCache.open(tmp_path / "c")
+        if found is None:
+            with pytest.raises(InputError, match="--mask-token-id"):
+                config_for(cache, **options)
+        else:
+            assert config_for(cache, **options).mask_token_id == found
+
+
+def test_a_draft_begins_with_the_targets_last_norm(single, target):
+    weight = single.get_final_norm()
+    assert torch.allclose(weight, target.model.model.norm.weight, rtol=1e-4)
+    assert torch.equal(new_draft(CONFIG, 0, torch.full((HIDDEN,), 2.0)).norm.weight, torch.full((HIDDEN,), 2.0))
+
+
+def test_only_a_norm_that_is_tried_and_found_alike_is_stored():
+    class Model(nn.Module):
+        def __init__(self, norm: nn.Module):
+            super().__init__()
+            self.norm = norm
+
+    class Gemma(nn.Module):
+        """Multiplies by 1 + w."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.rms_norm(x, (64,)) * (1 + self.weight)
+
+    gemma = Gemma()
+    assert torch.allclose(final_norm_weight(Model(gemma)), 1 + gemma.weight, rtol=1e-5)
+    assert final_norm_weight(Model(nn.LayerNorm(64))) is None, "it takes a mean off"
+    assert final_norm_weight(nn.Linear(4, 4)) is None

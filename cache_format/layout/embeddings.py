@@ -21,6 +21,7 @@ EMBEDDINGS_NAME = "target/embeddings.safetensors"
 EMBED = "embed_tokens.weight"
 HEAD = "lm_head.weight"
 HEAD_BIAS = "lm_head.bias"
+NORM = "norm.weight"
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -53,7 +54,7 @@ class ScaledHead(nn.Linear):
 
 
 def write_embeddings(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Commit ``embed_tokens.weight [V, H]`` and, where given, ``lm_head.weight [V, H]`` and ``lm_head.bias [V]``.
+    """Commit ``embed_tokens.weight [V, H]`` and, where given, ``lm_head.weight [V, H]``, its bias, ``norm.weight [H]``.
 
     Raises:
         StorageError: the operating system refused.
@@ -121,6 +122,19 @@ def load_output_embeddings(cache: Path, target: TargetInfo) -> nn.Linear:
     if bias is not None:
         head.bias = nn.Parameter(bias, requires_grad=False)
     return head
+
+
+def load_final_norm(cache: Path, target: TargetInfo) -> Tensor | None:
+    """The ``w [H]`` of a target whose last norm is ``w * x / RMS(x)``; None of another, and in earlier caches.
+
+    Raises:
+        CacheError: it is of another shape.
+    """
+    weight = _load(cache, (NORM,)).get(NORM)
+    if weight is not None and weight.shape != (target.hidden_size,):
+        found = tuple(weight.shape)
+        raise CacheError(cache / EMBEDDINGS_NAME, f"{NORM} is of shape {found}, expected [{target.hidden_size}]")
+    return weight
 
 
 def _check_shape(cache: Path, name: str, weight: Tensor | None, target: TargetInfo) -> None:

@@ -17,7 +17,12 @@ from cache_format.batch import DFlashTargetBatch
 from cache_format.device import parse
 from cache_format.errors import InputError
 from cache_format.layout.collection import collection_at
-from cache_format.layout.embeddings import EMBEDDINGS_NAME, load_input_embeddings, load_output_embeddings
+from cache_format.layout.embeddings import (
+    EMBEDDINGS_NAME,
+    load_final_norm,
+    load_input_embeddings,
+    load_output_embeddings,
+)
 from cache_format.layout.index import Index
 from cache_format.layout.manifest import Manifest
 from cache_format.reading.batch_source import BatchSource
@@ -408,6 +413,15 @@ class FeatureCache(Dataset):
             CacheError: the target has none; the file is missing or damaged (its checksum is compared).
         """
         return load_output_embeddings(self._target_folder(), self.manifest.target).to(self._source.view.dtype)
+
+    def get_final_norm(self) -> torch.Tensor | None:
+        """The ``w [H]`` of the target's last norm, ``w * x / RMS(x)``, that stands before its LM head: where a draft's
+        own norm may begin. None where the target's is another, and in caches of earlier versions.
+
+        Raises:
+            CacheError: the file is missing or damaged (its checksum is compared).
+        """
+        return load_final_norm(self._target_folder(), self.manifest.target)
 
     def _target_folder(self) -> Path:
         first = _first(self._source)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from cache_format.errors import StorageError
-from cache_format.layout.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, HEAD_BIAS, write_embeddings
+from cache_format.layout.embeddings import EMBED, EMBEDDINGS_NAME, HEAD, HEAD_BIAS, NORM, write_embeddings
 from cache_format.storage.commit import TEMPORARY_SUFFIX, committed, make_folder, write_all
+from extractor.target.final_norm import final_norm_weight
 from extractor.target.quantised import dense_weight
 
 _RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -39,6 +40,9 @@ def write_target_files(
         tensors[HEAD] = dense_weight(head, dtype)
     if head is not None and head.bias is not None:
         tensors[HEAD_BIAS] = head.bias
+    norm = final_norm_weight(model)
+    if norm is not None:
+        tensors[NORM] = norm
     write_embeddings(cache / EMBEDDINGS_NAME, tensors)
     return tied, float(getattr(embed, "embed_scale", 1.0))
 
