@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from cache_format import DFlashCacheError, DFlashTargetBatch, FeatureCache, InputError
 from cache_format.layout.samples import part_path, read_part
 
+_OPTIONS = {"num_blocks": "blocks"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
@@ -44,7 +46,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name in ("steps", "num_blocks", "gamma", "lr"):
             if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be above 0")
+                raise InputError(f"--{_OPTIONS.get(name, name)} {getattr(self, name)}: must be above 0")
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up over the first 4 % of the steps, then a cosine down to 0."""
@@ -105,14 +107,15 @@ class Trainer:
 
 
 def train(trainer: Trainer, batches: Iterable[DFlashTargetBatch], report_every: int = 50) -> Curve:
-    """Train on the first ``options.steps`` of ``batches``, printing the mean of every ``report_every`` steps."""
+    """Train on the first ``options.steps`` of ``batches``, printing the first step, then means of ``report_every``."""
     losses, accuracies, tokens, begun = [], [], 0, time.perf_counter()
     for batch in itertools.islice(batches, trainer.options.steps):
         loss, accuracy = trainer.step(batch)
         losses.append(loss)
         accuracies.append(accuracy)
         tokens += int(batch.attention_mask.sum())
-        if len(losses) % report_every == 0 or len(losses) == trainer.options.steps:
+        # The first one too: it says that the run has begun, and how fast.
+        if len(losses) == 1 or len(losses) % report_every == 0 or len(losses) == trainer.options.steps:
             recent, right = (torch.stack(x[-report_every:]).mean().item() for x in (losses, accuracies))
             speed = tokens / (time.perf_counter() - begun)
             print(f"step {len(losses):6}  loss {recent:.3f}  accuracy {right:6.1%}  {speed:8,.0f} tokens/s", flush=True)

@@ -258,3 +258,35 @@ def test_every_option_has_help():
         for parameter in command.parameters():
             assert shown(parameter).info.help, f"{name} {parameter.name}"
             assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_inspect_is_ten_lines_and_all_says_nothing_twice(made, cli):
+    code, out, _ = cli("inspect", made)
+    assert code == 0
+    assert len(out.splitlines()) <= 10
+    for word in ("complete", "120, of", "learned", "shards", "fingerprint", "--all"):
+        assert word in out
+    whole = cli("inspect", made, "--all")[1].splitlines()
+    names = [line.split("  ")[0] for line in whole if line.strip() and not line.startswith(" ")]
+    assert len(set(names)) == len(names)
+    digests = re.findall(r"[0-9a-f]{32,}", "\n".join(whole))
+    assert len(set(digests)) == len(digests)
+    for line in whole:
+        if re.search(r"[0-9a-f]{32,}", line):
+            assert re.match(r"\s*[\w.]+ +(digest )?[0-9a-f]+$", line), "a hash has a name"
+    values = {line.split("  ", 1)[-1].strip() for line in whole}
+    assert {line.split("  ", 1)[-1].strip() for line in out.splitlines()[:-1]} <= values
+
+
+def test_a_trainer_speaks_from_the_first_step(made, tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    script = Path(__file__).parents[1] / "scripts" / "train_draft.py"
+    where = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    options = ["--cache", made, "--out", tmp_path / "draft", "--steps", "2", "--batch-size", "1", "--blocks", "4"]
+    done = subprocess.run(
+        [sys.executable, script, *options, "--device", "cpu"], capture_output=True, text=True, env=where, check=True
+    )
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step")] == ["1", "2"]

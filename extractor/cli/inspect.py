@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated
+
+import typer
 
 from extractor.cli.options import Cache, Debug, Json
 from extractor.cli.output import show
 
 
-def inspect(cache: Cache, as_json: Json = False, debug: Debug = False) -> None:
+def inspect(
+    cache: Cache,
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="Also its sources, all that a resume compares, and what it was made with."),
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """What a cache holds and how it was made; reads the manifest alone. Of a collection, a line for each cache.
 
     Example: dflash-cache inspect /data/cache
@@ -20,4 +31,4 @@ def inspect(cache: Cache, as_json: Json = False, debug: Debug = False) -> None:
         show(json.dumps(collection) if as_json else describe_collection(collection))
         return
     summary = summarise(cache)
-    show(json.dumps(summary) if as_json else describe(summary))
+    show(json.dumps(summary) if as_json else describe(summary, everything))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,47 +77,90 @@ def describe_collection(collection: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def describe(summary: dict[str, Any]) -> str:
-    """``summarise`` for a person."""
+def describe(summary: dict[str, Any], everything: bool = False) -> str:
+    """``summarise`` for a person: ten lines that matter, or ``everything`` that is not there already."""
+    lines = _what_matters(summary)
+    if everything:
+        lines += _the_rest(summary)
+    else:
+        lines.append(("more", f"dflash-cache inspect {shlex.quote(summary['cache'])} --all"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)
+
+
+def _what_matters(summary: dict[str, Any]) -> list[tuple[str, str]]:
     target, data, totals = summary["target"], summary["data"], summary["totals"]
+    captures = [f"{name} {value}" if value is not True else name for name, value in summary["capture"].items() if value]
+    layers = ", ".join(map(str, summary["target_layer_ids"]))
     lines = [
-        ("cache", summary["cache"]),
-        ("state", summary["state"]),
-        ("fingerprint", summary["fingerprint"] or "not yet known"),
+        ("cache", f"{summary['cache']}: {summary['state']}"),
         ("target", f"{target['name']} ({target['model_type']}, {target['num_hidden_layers']} layers)"),
-        ("target_layer_ids", ", ".join(map(str, summary["target_layer_ids"]))),
-        ("hidden_states", f"{len(summary['target_layer_ids'])} x {target['hidden_size']}, {summary['dtype']}"),
-        ("codec", _told(summary["codec"])),
-        ("capture", ", ".join(f"{name} {value}" for name, value in summary["capture"].items() if value) or "none"),
+        ("hidden_states", f"layers {layers}; {target['hidden_size']} wide; {summary['dtype']}"),
+        ("stored as", ", and ".join([f"codec {_told(summary['codec'])}{_reached(summary)}", *captures])),
     ]
     if totals:
-        stored = totals["samples"] - len(summary["quarantined"])
-        bad_rows = {reason: BadRows(**found) for reason, found in data["bad_rows"].items()}
+        stored, learned = totals["samples"] - len(summary["quarantined"]), 100 * totals["loss_tokens"]
         lines += [
-            ("data", f"{data['name']}, {data['rows']:,} rows"),
-            ("dropped rows", dropped_note(data["dropped"])),
-            *(("bad rows", note) for note in bad_row_notes(bad_rows)),
-            *(("source", source_note(SourceInfo(**source))) for source in data["sources"]),
-            ("samples", f"{stored:,}"),
-            ("tokens", f"{totals['tokens']:,} ({totals['loss_tokens']:,} learned)"),
-            ("shards", f"{summary['finished_shards']:,} of {totals['shards']:,}"),
-            ("size of shards", f"{size(summary['shard_bytes'])}{_a_token(summary)}"),
+            ("data", f"{data['name']}, {data['rows']:,} rows; dropped: {dropped_note(data['dropped'])}"),
+            (
+                "samples",
+                f"{stored:,}, of {totals['tokens']:,} tokens; {totals['loss_tokens']:,} of them learned "
+                f"({learned / max(totals['tokens'], 1):.0f} %)",
+            ),
+            (
+                "shards",
+                f"{summary['finished_shards']:,} of {totals['shards']:,}, "
+                f"{size(summary['shard_bytes'])}{_a_token(summary)}",
+            ),
         ]
-    if measured := summary["measured"]:
-        lines.append(("states", f"{100 * measured['ratio']:.1f} % of their bytes before the codec"))
-        if measured["snr_db"]:
-            by_layer = zip(summary["target_layer_ids"], measured["snr_db"], strict=True)
-            lines.append(("SNR", ", ".join(f"layer {layer}: {snr:.1f} dB" for layer, snr in by_layer)))
+        if len(data["sources"]) > 1:
+            lines += [("source", source_note(SourceInfo(**source))) for source in data["sources"]]
+        bad_rows = {reason: BadRows(**found) for reason, found in data["bad_rows"].items()}
+        lines += [("bad rows", note) for note in bad_row_notes(bad_rows)]
     if summary["quarantined"]:
         lines.append(("quarantined", f"sample_id {', '.join(map(str, summary['quarantined']))}"))
     if command := summary["command"]:
         lines.append(("made by", CommandLine(**command).shell()))
+    lines.append(("fingerprint", summary["fingerprint"] or "not yet known"))
+    return lines
+
+
+def _the_rest(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    lines: list[tuple[str, str]] = []
+    if summary["totals"] and len(summary["data"]["sources"]) == 1:
+        lines += [("source", source_note(SourceInfo(**source))) for source in summary["data"]["sources"]]
+    if command := summary["command"]:
         lines += [(f"  {name}", f"is {path}") for name, path in command["paths"].items() if name != path]
-    options = {k: v for k, v in summary["identity"].items() if not isinstance(v, dict | list)}
-    lines += [(name, "default" if value is None else value) for name, value in options.items()]
-    lines += [(f"made with {name}", version) for name, version in summary["created_with"].items()]
-    width = max(len(name) for name, _ in lines)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+    lines.append(("", ""))
+    lines.append(("identity", "what a resume compares"))
+    shown = ("dtype", "target_layer_ids", "codec", "capture")
+    for name, value in _flat({name: value for name, value in summary["identity"].items() if name not in shown}):
+        is_digest = isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32,}", value)
+        lines.append((f"  {name}", f"digest {value}" if is_digest else "default" if value is None else str(value)))
+    lines.append(("", ""))
+    lines.append(("made with", "packages and hardware"))
+    lines += [(f"  {name}", str(version)) for name, version in summary["created_with"].items()]
+    return lines
+
+
+def _flat(options: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    """``{"a": {"b": 1}}`` -> ``[("a.b", 1)]``."""
+    found: list[tuple[str, Any]] = []
+    for name, value in options.items():
+        found += _flat(value, f"{before}{name}.") if isinstance(value, dict) else [(f"{before}{name}", value)]
+    return found
+
+
+def _reached(summary: dict[str, Any]) -> str:
+    """What the codec came to, once all shards are there: of the size, and how near the states are."""
+    measured = summary["measured"]
+    if not measured or summary["codec"]["name"] == "raw":
+        return ""
+    text = f", {100 * measured['ratio']:.1f} % of raw"
+    if not measured["snr_db"]:
+        return text
+    by_layer = zip(summary["target_layer_ids"], measured["snr_db"], strict=True)
+    return f"{text}; SNR {', '.join(f'layer {layer}: {snr:.1f} dB' for layer, snr in by_layer)}"
 
 
 def _a_token(summary: dict[str, Any]) -> str:
