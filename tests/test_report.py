@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from PIL import Image
 from s3 import upload_folder
 
 from cache_format import FeatureCache
+from cache_format.layout.index import INDEX_NAME, Index, write_index
+from cache_format.layout.manifest import Manifest
 from cache_format.layout.shard_layout import shard_name
 from cache_format.storage.store import Store
 from extractor.report.chosen_samples import choose_tokens
@@ -182,6 +185,29 @@ def test_damage_is_said_and_passed_over(cli, made, tmp_path):
     assert 3 not in report["looked_at_shards"]
     assert "tokenizer.json" in report["no_text"]
     assert "Token ids stand for text" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("num_tokens", 0), ("num_tokens", -5), ("num_loss_tokens", 9999), ("shard", -1), ("shard", 2**31 - 1)],
+)
+def test_an_index_that_cannot_be_is_refused(column, value, cli, made, tmp_path):
+    shutil.copytree(made, tmp_path / "c")
+    index, fingerprint = FeatureCache.open(made).index, FeatureCache.open(made).fingerprint
+    columns = {field: getattr(index, field).copy() for field in index.__dataclass_fields__}
+    columns[column][7] = value
+    write_index(tmp_path / "c" / INDEX_NAME, Index(**columns), fingerprint)
+    code, out, err = cli("report", tmp_path / "c")
+    assert (code, out) == (2, "")
+    assert f"{INDEX_NAME}: row 7 cannot be" in err
+
+
+def test_a_manifest_that_claims_too_much_takes_no_memory(cli, made, tmp_path):
+    shutil.copytree(made, tmp_path / "c")
+    manifest = Manifest.read(made)
+    totals = replace(manifest.totals, shards=2**60, samples=2**60, parts=2**60)
+    replace(manifest, state="extracting", totals=totals, measured=None).write(tmp_path / "c")
+    assert "unfinished" in cli("report", tmp_path / "c")[1]
 
 
 @pytest.mark.parametrize("codec", ["fp8", "quant"])

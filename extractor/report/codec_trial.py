@@ -12,7 +12,7 @@ from cache_format.codecs import CODECS, BlockCodec, Codec, RowCodec, States, cod
 from cache_format.codecs.dtypes import DTYPES
 from cache_format.writing.encode import bits_of
 
-MOST_BYTES = 32 << 20
+MOST_BYTES = 16 << 20
 """Of states that are tried: seconds of one core."""
 
 

@@ -68,9 +68,9 @@ def _examples_of(
     reasons = [reason for reason, count in info.dropped.items() if count]
     if not reasons:
         return
-    there = np.zeros(info.stop_row - info.first_row, bool)
-    there[source_rows - info.first_row] = True
-    missing = (np.flatnonzero(~there)[:MOST_LOOKED_AT] + info.first_row).tolist()
+    # As many rows as there are samples, and some: among them enough have none. A part may claim any number of rows.
+    stop = min(info.stop_row, info.first_row + len(source_rows) + MOST_LOOKED_AT)
+    missing = np.setdiff1d(np.arange(info.first_row, stop), source_rows)[:MOST_LOOKED_AT].tolist()
     into = certain if len(reasons) == 1 else perhaps
     for reason in reasons:
         if reason in into:

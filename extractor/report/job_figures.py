@@ -6,6 +6,7 @@ was committed, as long as they were not copied.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,6 +111,13 @@ def padding(index: Index, batch_tokens: int) -> float:
         real += int(lengths.sum())
         computed += sum(int(lengths[b.start]) * (b.stop - b.start) for b in batches(lengths, batch_tokens))
     return 1 - real / max(computed, 1)
+
+
+def tokens_of(index: Index, shards: Sequence[int]) -> np.ndarray:
+    """float64: tokens of each of ``shards``, as the index counts them; 0 for one that it does not name."""
+    numbers, where = np.unique(index.shard, return_inverse=True)
+    counted = dict(zip(numbers.tolist(), np.bincount(where, index.num_tokens).tolist(), strict=True))
+    return np.asarray([counted.get(number, 0.0) for number in shards])
 
 
 def size_histogram(sizes: np.ndarray) -> tuple[list[float], list[int]]:

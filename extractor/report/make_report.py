@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cache_format.codecs import States, codec_from_dict
 from cache_format.errors import CacheError, DFlashCacheError, StorageError
+from cache_format.layout.index import INDEX_NAME
 from cache_format.layout.manifest import MANIFEST_NAME, DataInfo, Manifest
 from cache_format.layout.samples import PartInfo, part_path, read_part
 from cache_format.layout.shard_layout import finished_shards, shard_name
@@ -36,7 +37,7 @@ from extractor.report.findings import (
     state_findings,
 )
 from extractor.report.given_results import Given, Ran, Verified
-from extractor.report.job_figures import JobFigures, padding, size_histogram, throughput
+from extractor.report.job_figures import JobFigures, padding, size_histogram, throughput, tokens_of
 from extractor.report.read_states import read_states
 from extractor.report.sample_figures import SampleFigures, sample_figures
 from extractor.report.state_figures import SampleStates, StateFigures, Summing
@@ -115,6 +116,7 @@ def make_report(where: Path | str, samples: int, given: Given | None = None) -> 
     manifest = opened.manifest
     assert manifest.data is not None
     assert manifest.totals is not None
+    _require_possible(opened)
     chosen = choose_samples(cache.index, samples)
     looked = _look(cache, chosen)
     figures = sample_figures(cache.index, manifest)
@@ -161,6 +163,21 @@ def make_report(where: Path | str, samples: int, given: Given | None = None) -> 
         browsed=browsed,
         no_text=no_text,
     )
+
+
+def _require_possible(cache: OpenCache) -> None:
+    """An index of samples that can be; what its rows say of shards is compared when these are opened.
+
+    Raises:
+        CacheError: a length below 1, more learned tokens than tokens, or a shard that does not exist.
+    """
+    index, totals = cache.index, cache.manifest.totals
+    assert totals is not None
+    possible = (index.num_tokens >= 1) & (index.num_loss_tokens >= 0) & (index.num_loss_tokens <= index.num_tokens)
+    possible &= (index.shard >= 0) & (index.shard < totals.shards)
+    if not possible.all():
+        problem = f"row {int(np.argmin(possible))} cannot be: `dflash-cache verify` says more"
+        raise CacheError(f"{cache.where}/{INDEX_NAME}", problem)
 
 
 def fingerprint_of(where: Path | str) -> str:
@@ -308,8 +325,7 @@ def _job_figures(cache: OpenCache) -> JobFigures:
     finished = [n for n in finished_shards(cache.folder.names("shards")) if n < manifest.totals.shards]
     sizes = np.asarray([cache.folder.size(shard_name(number)) or 0 for number in finished], np.int64)
     times, why = _commit_times(cache, finished)
-    tokens = np.bincount(index.shard, index.num_tokens, minlength=manifest.totals.shards)
-    over_time = None if times is None else throughput(times, tokens[finished])
+    over_time = None if times is None else throughput(times, tokens_of(index, finished))
     edges, counts = size_histogram(sizes)
     batch_tokens = manifest.identity.get("batch_tokens")
     return JobFigures(

@@ -91,7 +91,7 @@ def source_bounds(sources: Sequence[SourceInfo], manifest: Manifest) -> tuple[li
     total = manifest.totals.samples if manifest.totals else 0
     if len(sources) < 2:
         return [manifest.data.name if manifest.data else ""], np.asarray([0, total])
-    named = [(s.name + (f":{s.split}" if s.split else ""), s.samples) for s in sources]
+    named = [(s.name + (f":{s.split}" if s.split else ""), min(max(s.samples, 0), total)) for s in sources]
     if len(named) > MOST_SOURCES:
         rest = sum(count for _, count in named[MOST_SOURCES - 1 :])
         named = [*named[: MOST_SOURCES - 1], (f"{len(named) - MOST_SOURCES + 1} more sources", rest)]
