@@ -15,11 +15,13 @@ from pathlib import Path
 
 import commands
 import pytest
+from jobs import on
 
 from cache_format.errors import InputError
 from cache_format.layout.manifest import Manifest
 from cache_format.layout.shard_layout import finished_shards
 from cache_format.storage.commit import sync_folder
+from cache_format.writing.upload import scratch_folder
 from extractor.job.out_folder import refuse_out_inside_data
 
 
@@ -51,6 +53,57 @@ def test_an_export_follows_no_folder_out(made, cli, tmp_path, outside):
     code, _, err = cli("export", made, out, "--to", "specforge", "--yes")
     assert (code, "leads out of the cache" in err, "Traceback" in err) == (1, True, False), err
     assert sorted(path.name for path in outside.iterdir()) == [".sub.tmp", ".x.tmp"]
+
+
+def test_a_profile_goes_over_nothing_but_a_trace(cli, small_job, tmp_path, outside):
+    data = Path(small_job[small_job.index("--data") + 1])
+    (tmp_path / "link.json").symlink_to(outside / ".x.tmp")
+    (tmp_path / "precious.json").write_text("{}")
+    out = tmp_path / "cache"
+    out.mkdir()
+    wrong = [data, "/dev/null", tmp_path, tmp_path / "link.json", tmp_path / "precious.json", out / "trace.json"]
+    for path in wrong:
+        code, _, err = cli(*small_job, "--out", out, "--profile", path)
+        assert (code, "--profile" in err, "Traceback" in err) == (2, True, False), err
+        assert not list(out.iterdir())
+    assert (tmp_path / "precious.json").read_text() == "{}"
+    assert (outside / ".x.tmp").read_bytes() == b"not ours"
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "train.jsonl").write_bytes(data.read_bytes())
+    code, _, err = cli(*on(small_job, rows), "--out", out, "--profile", rows / "trace.json")
+    assert (code, "lies inside --data" in err) == (2, True), err
+    for limit in ("5", "6"):
+        out = tmp_path / limit
+        assert cli(*small_job[:-1], limit, "--out", out, "--profile", tmp_path / "trace.json")[0] == 0
+        assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_a_scratch_folder_is_looked_at_first(cli, small_job, tmp_path, outside, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    url = "s3://bucket/cache"
+    name = scratch_folder(url, tmp_path).name
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / name).symlink_to(outside)
+    (tmp_path / "holds" / name).mkdir(parents=True)
+    (tmp_path / "holds" / name / "shards").symlink_to(outside)
+    for scratch in ("file", "file/below", "linked", "holds"):
+        code, _, err = cli(*small_job, "--out", url, "--scratch", tmp_path / scratch)
+        assert (code, "--scratch" in err, "Traceback" in err) == (2, True, False), err
+    assert sorted(path.name for path in outside.iterdir()) == [".sub.tmp", ".x.tmp"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_repair_leaves_what_is_no_cache(cli, tmp_path):
+    """Exports and others have a manifest.json too."""
+    for text in ('{"shard_size": 7}', "{", '{"format": "dflash-cache-export"}'):
+        (tmp_path / "manifest.json").write_text(text)
+        (tmp_path / "index.arrow").write_text("not ours")
+        code, out, err = cli("repair", tmp_path, "--yes")
+        assert (code, "nothing was touched" in err, "Traceback" in err) == (2, True, False), out + err
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["index.arrow", "manifest.json"]
+        assert (tmp_path / "manifest.json").read_text() == text
 
 
 def test_of_several_exports_at_once_one_works_and_the_others_say_who_does(made, tmp_path):

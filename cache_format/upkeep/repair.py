@@ -15,9 +15,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from cache_format.errors import CacheError, StorageError
+from cache_format.errors import CacheError, InputError, StorageError
 from cache_format.layout.index import INDEX_NAME, SHARDS_NAME
 from cache_format.layout.manifest import LATER_IDENTITY, MANIFEST_NAME, Manifest
+from cache_format.layout.shard_layout import finished_shards
 from cache_format.storage.commit import make_folder, sync_folder
 from cache_format.storage.folder import Folder, StoreFolder, open_folder
 from cache_format.storage.lease import leased
@@ -48,7 +49,11 @@ class RepairPlan:
 
 
 def plan_repair(cache: Path | str, problems: Iterable[Problem]) -> RepairPlan:
-    """What mends ``problems``, as :func:`cache_format.upkeep.verify.verify` (not the quick one) found them."""
+    """What mends ``problems``, as :func:`cache_format.upkeep.verify.verify` (not the quick one) found them.
+
+    Raises:
+        InputError: it is no cache, nor what is left of one.
+    """
     problems = list(problems)
     named = {problem.file for problem in problems}
     folder = open_folder(cache)
@@ -57,6 +62,7 @@ def plan_repair(cache: Path | str, problems: Iterable[Problem]) -> RepairPlan:
         folder.local(MANIFEST_NAME)
         manifest = Manifest.read(folder.path)
     except CacheError:
+        _require_remains(folder)
         return RepairPlan(set_aside=[*tables, MANIFEST_NAME])
     lost_shards = any(problem.file.startswith("shards/") and problem.shard is not None for problem in problems)
     unprepared = any(name.startswith(("samples", "target/")) for name in named)
@@ -70,6 +76,20 @@ def plan_repair(cache: Path | str, problems: Iterable[Problem]) -> RepairPlan:
         aside |= {f"samples/{name}" for name in folder.names("samples") if name.endswith(".arrow")}
     aside |= named.intersection(tables) if state == "complete" else set(tables)
     return RepairPlan(set_aside=sorted({entry for name in aside if (entry := _own_entry(folder, name))}), state=state)
+
+
+def _require_remains(folder: Folder) -> None:
+    """Whether a folder whose manifest.json cannot be read was a cache: others have a file of that name too.
+
+    Raises:
+        InputError: nothing says so.
+    """
+    parts = [name for name in folder.names("samples") if name.startswith("samples-") and name.endswith(".arrow")]
+    if not parts and not finished_shards(folder.names("shards")):
+        raise InputError(
+            f"{folder.where}: holds neither samples nor shards of a cache, and its {MANIFEST_NAME} is not one of ours; "
+            "nothing was touched"
+        )
 
 
 def command_of(cache: Path | str) -> str:

@@ -40,7 +40,14 @@ def scratch_folder(url: str, below: Path | None = None) -> Path:
     """
     name = f"dflash-cache-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     if below is not None:
-        return below.absolute() / name
+        path = below.absolute() / name
+        # Nothing is made yet, but what stands in the way is told before any work.
+        there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+        if not there.is_dir():
+            raise InputError(f"--scratch {below}: {there} is not a folder; name another one")
+        if path.is_symlink() or any((path / inner).is_symlink() for inner in (*FOLDERS, MANIFEST_NAME)):
+            raise InputError(f"--scratch {below}: {path} is, or holds, a symbolic link, which could lead anywhere")
+        return path
     path = Path(tempfile.gettempdir()) / f"{name}-{os.getuid()}"
     try:
         path.mkdir(mode=0o700, exist_ok=True)

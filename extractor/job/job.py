@@ -37,7 +37,7 @@ from extractor.job.divided_preparation import await_plan, division_of
 from extractor.job.folder_destination import FolderDestination
 from extractor.job.identity import compare_hardware, inputs_identity, samples_identity, software, template_date
 from extractor.job.kept_window import begin_window, run_window
-from extractor.job.out_folder import refuse_out_inside_data, require_space, shards_schema
+from extractor.job.out_folder import refuse_out_inside_data, refuse_profile, require_space, shards_schema
 from extractor.job.plan import Plan
 from extractor.job.report import ExtractReport, bad_row_notes, dropped_note, noted_notes, progress_note
 from extractor.job.run_shards import RunStats, ShardRunner
@@ -98,7 +98,11 @@ def opened(
     destination = destination_of(options, worker)
     destination.refuse_foreign()
     sources = options.data if isinstance(options.data, tuple) else (options.data,)
-    refuse_out_inside_data(options.out, [source.name for source in sources])
+    refuse_out_inside_data(
+        options.out, [source.name for source in sources], "--out" if not options.url else "--scratch"
+    )
+    if options.profile is not None:
+        refuse_profile(options.profile, options.out, [source.name for source in sources])
     stored = destination.manifest()
     job = Job(options, destination, worker, stored, on_todo, on_stats)
     if stored is not None:

@@ -12,6 +12,7 @@ from cache_format.layout.manifest import MANIFEST_NAME, Manifest
 from cache_format.layout.shard_layout import ShardSchema
 from cache_format.storage.lock import LOCK_NAME
 from cache_format.upkeep.repair import QUARANTINE_NAME
+from extractor.job.timeline import TRACE_BEGINS
 from extractor.terminal.progress import size
 
 
@@ -36,7 +37,7 @@ def shards_schema(manifest: Manifest) -> ShardSchema:
     return schema if schema.fingerprint else replace(schema, fingerprint="0" * 64)
 
 
-def refuse_out_inside_data(out: Path, sources: Iterable[str]) -> None:
+def refuse_out_inside_data(out: Path, sources: Iterable[str], option: str = "--out") -> None:
     """Refuse an OUT that the next run would read as data.
 
     Raises:
@@ -46,8 +47,31 @@ def refuse_out_inside_data(out: Path, sources: Iterable[str]) -> None:
         folder = Path(source).expanduser()
         if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
             raise InputError(
-                f"--out {out} lies inside --data {source}, and would be read as data; choose another --out"
+                f"{option} {out} lies inside --data {source}, and would be read as data; choose another {option}"
             )
+
+
+def refuse_profile(path: Path, out: Path, sources: Iterable[str]) -> None:
+    """Refuse a ``--profile`` that would write over something that is no trace, or where others would stumble over it.
+
+    Raises:
+        InputError: there is another file, a link, a folder or a device; or it lies in ``out`` or in one of ``sources``.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise InputError(f"--profile {path}: is a link, a folder or a device; name a new file")
+    if path.exists() and not _begins_with(path, TRACE_BEGINS):
+        raise InputError(f"--profile {path}: is there already, and not a trace; name a new file")
+    for option, folder in [("--out", out), *(("--data", Path(source).expanduser()) for source in sources)]:
+        if folder.is_dir() and path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"--profile {path}: lies inside {option} {folder}; name another folder for it")
+
+
+def _begins_with(path: Path, begin: bytes) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(begin)) == begin
+    except OSError:
+        return False
 
 
 def refuse_foreign_folder(out: Path) -> None:

@@ -16,6 +16,8 @@ from cache_format.device import current_stream, has_streams, synchronize, timing
 from cache_format.storage.commit import committed, write_all
 
 DEVICE_TRACK = "device"
+TRACE_BEGINS = b'{"traceEvents"'
+"""The first bytes of every trace that this package writes."""
 
 
 class Timeline:
