@@ -49,6 +49,8 @@ def main() -> None:
     kinds = [(codec, dtype, Captures()) for codec in codecs for dtype in ("float32", "bfloat16")]
     kinds += [("raw", "bfloat16", one) for one in (Captures(last_hidden_states=True), Captures(logits_topk=4))]
     kinds += [("zbits", "float32", Captures(last_hidden_states=True, logits_topk=4))]
+    # The first caches of these codecs were made before shards counted their tokens by SNR.
+    kinds += [(codec, "bfloat16", Captures(last_hidden_states=True)) for codec in ("fp8", "quant")]
     for codec, dtype, capture in kinds:
         captured = "".join(f"-{name}" for name, value in capture.to_dict().items() if value)
         cache = folder / f"{codec}-{dtype}{captured}"

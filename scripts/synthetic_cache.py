@@ -82,6 +82,7 @@ def write_cache(
         codec=codec_named(codec).asked,
         capture=(capture or Captures()).to_dict(),
         created_with={},
+        token_snr=not codec_named(codec).lossless,
     )
     schema_bytes = begun.schema().raw.token_bytes
     plan = Plan(prepared.num_tokens, schema_bytes, PlanOptions(shard_bytes=shard_bytes))

@@ -211,7 +211,8 @@ class BlockCodec(Codec):
     ) -> int:
         """Write a sample's ``rows [n, L*H]`` into ``out`` (uint8); returns how many bytes it took. Deterministic.
 
-        A lossy codec adds to ``energy``, float64 ``[2, L]``: of each layer's features, and of their errors.
+        A lossy codec writes to ``energy``, float64 ``[n, 2, L]``: of each token's features in each layer, and of their
+        errors.
         """
 
     @abstractmethod

@@ -147,7 +147,7 @@ class QuantCodec(BlockCodec):
     ) -> int:
         """See the top of the file."""
         blocks = list(_blocks(len(rows), states.hidden_size))
-        found = [self._all_layers.encoded(rows[block], energy, states.dtype) for block in blocks]
+        found = [self._all_layers.encoded(rows[block], energy[block], states.dtype) for block in blocks]
         # Layer by layer, so that one layer's bytes lie together.
         in_order = [block for of_layer in zip(*found, strict=True) for block in of_layer]
         sizes = np.array([sum(part.nbytes for part in block) for block in in_order], "<u4")

@@ -62,14 +62,14 @@ class QuantLayers:
     # -- encode -------------------------------------------------------------------------------------------------------
 
     def encoded(self, rows: np.ndarray, energy: np.ndarray, dtype: torch.dtype) -> list[Block]:
-        """Of each layer the block of ``rows [n, L*H]``; adds to ``energy [2, L]``: of features, of errors."""
+        """Of each layer the block of ``rows [n, L*H]``; writes ``energy [n, 2, L]``: of features, of errors."""
         count, (layers, hidden_size) = len(rows), self._shape
         symbols, steps = _symbols(rows.shape), np.empty((count, layers), np.float32)
-        energies, places = np.zeros((2, layers)), [np.empty((3, 0), np.int64)]
+        places = [np.empty((3, 0), np.int64)]
         for part in _parts(count, rows.shape[1], _AT_ONCE):
             # What overflows, or is not a number, is stored as it is.
             with np.errstate(over="ignore", invalid="ignore"):
-                found = self._quantised(rows[part], dtype, symbols[part], steps[part], energies)
+                found = self._quantised(rows[part], dtype, symbols[part], steps[part], energy[part])
             found[0] += part.start
             places.append(found)
         row, layer, channel = np.concatenate(places, axis=1)
@@ -83,15 +83,14 @@ class QuantLayers:
             block = [stored_steps[number], numbers, *coded, (at * hidden_size + where).astype("<u4"), as_they_are]
             if sum(data.nbytes for data in block) >= count * hidden_size * rows.itemsize:
                 block = [np.ascontiguousarray(rows[:, number * hidden_size : (number + 1) * hidden_size])]
-                energies[1, number] = 0
+                energy[:, 1, number] = 0
             blocks.append(block)
-        energy += energies
         return blocks
 
     def _quantised(
-        self, rows: np.ndarray, dtype: torch.dtype, symbols: np.ndarray, steps: np.ndarray, energies: np.ndarray
+        self, rows: np.ndarray, dtype: torch.dtype, symbols: np.ndarray, steps: np.ndarray, energy: np.ndarray
     ) -> np.ndarray:
-        """Quantise some rows into ``symbols [n, L*H]`` (sorted by group) and ``steps [n, L]``; adds to ``energies``.
+        """Quantise some rows into ``symbols [n, L*H]`` (sorted by group) and ``steps [n, L]``; writes ``energy``.
 
         Returns:
             int64 ``[3, k]``: row, layer and channel of what is stored as it is, ascending.
@@ -124,9 +123,8 @@ class QuantLayers:
         at, channel = np.nonzero(is_far)
         at = odd[at]
         rest_by_layer[at, channel] = by_layer[at, channel] = 0
-        for energy, by_token in zip(energies, (before, _energy(by_layer) * np.square(step)), strict=True):
-            finite = np.where(np.isfinite(by_token), by_token, 0)
-            energy += finite.reshape(-1, layers).sum(0, dtype=np.float64)
+        for number, by_token in enumerate((before, _energy(by_layer) * np.square(step))):
+            energy[:, number] = np.where(np.isfinite(by_token), by_token, 0).reshape(-1, layers)
         if not self._is_sorted:
             _chosen_columns(torch.from_numpy(rest), self._sorted, torch.from_numpy(numbers))
             rest = numbers

@@ -7,7 +7,7 @@ samples.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from cache_format.codecs.interface import ENERGY
+from cache_format.codecs.token_snr import TOKEN_SNR
 from cache_format.errors import CacheError
 from cache_format.layout.arrow_file import numbers, read_batch, write_batch
 from cache_format.layout.shard_layout import ShardSchema, shard_name
@@ -90,6 +91,8 @@ class ShardRow:
     """sum of squares of each layer's states before a lossy codec; empty with a lossless one"""
     error_energy: list[float]
     """the same of what the codec changed"""
+    token_snr: np.ndarray | None = field(default=None, compare=False)
+    """int32 ``[L, BINS]``, how many tokens have which SNR; not in the table: the shard itself says it"""
 
 
 def shard_rows(shard: ShardFile) -> Part:
@@ -109,6 +112,7 @@ def shard_rows(shard: ShardFile) -> Part:
         states_bytes=shard.states_bytes(),
         energy=[] if energies is None else energies[0].tolist(),
         error_energy=[] if energies is None else energies[1].tolist(),
+        token_snr=shard.codec_head.get(TOKEN_SNR),
     )
     return row, Index(
         shard.sample_ids,

@@ -131,7 +131,12 @@ class Measured:
     ratio: float
     """bytes stored for hidden_states over their bytes before"""
     snr_db: list[float]
-    """signal-to-noise ratio of each captured layer, in dB; empty with a lossless codec"""
+    """signal-to-noise ratio of each captured layer, in dB, over all tokens together: the few that hold most of the
+    energy decide it; empty with a lossless codec"""
+    median_snr_db: list[float] = field(default_factory=list, metadata=LATER)
+    """the same of each layer's median token, within half a dB"""
+    worst_snr_db: list[float] = field(default_factory=list, metadata=LATER)
+    """what every token of each layer reaches, in whole dB; 0: the worst may be below"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +171,8 @@ class Manifest:
     """see captures.py"""
     created_with: dict[str, str]
     """software versions of the run that began the cache; for information, not part of the identity"""
+    token_snr: bool = field(default=False, metadata=LATER)
+    """whether the shards of a lossy codec count their tokens by SNR; no state depends on it"""
     command: CommandLine | None = field(default=None, metadata=LATER)
     """None: it was begun by no command line, or by an earlier version"""
     fingerprint: str = ""
@@ -231,6 +238,7 @@ class Manifest:
             codec=codec_from_dict(self.codec),
             states=States(self.torch_dtype, len(self.target_layer_ids), self.hidden_size),
             captures=capture_tensors(Captures.from_dict(self.capture), self.torch_dtype, self.hidden_size),
+            token_snr=self.token_snr,
         )
 
     def extracting(self, identity: Mapping[str, Any], **changes: Any) -> Manifest:

@@ -21,6 +21,7 @@ import xxhash
 from cache_format.codecs import BlockCodec, Codec, HeadTensor, RawCodec, States, TokenTensor
 from cache_format.codecs.dtypes import DTYPE_NAMES
 from cache_format.codecs.interface import BLOCKS
+from cache_format.codecs.token_snr import BINS, TOKEN_SNR
 from cache_format.layout.captures import LAST_HIDDEN_STATES, LOGSUMEXP, TOPK_IDS, TOPK_VALUES, Captures
 from cache_format.layout.safetensors_file import Container, plan_container
 
@@ -63,6 +64,8 @@ class ShardSchema:
     """hidden_states before the codec"""
     captures: tuple[TokenTensor, ...] = ()
     """see :func:`capture_tensors`"""
+    token_snr: bool = False
+    """whether shards of a lossy codec count the tokens by their SNR; those of earlier versions do not"""
 
     @cached_property
     def token_tensors(self) -> tuple[TokenTensor, ...]:
@@ -95,7 +98,17 @@ class ShardSchema:
         """The tensors before those with a row a token."""
         sizes = {"cu_seqlens": num_samples + 1, "sample_ids": num_samples, "sample_checksums": num_samples}
         head = [HeadTensor(name, dtype, (sizes[name],)) for name, dtype in HEAD]
-        return [*head, *self.codec.head(self.states, num_samples)]
+        return [*head, *self.codec_head(num_samples)]
+
+    def codec_head(self, num_samples: int) -> list[HeadTensor]:
+        """Those of them that the codec brings."""
+        counts = [HeadTensor(TOKEN_SNR, "I32", (self.states.layers, BINS))] if self.counts_tokens else []
+        return [*self.codec.head(self.states, num_samples), *counts]
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a shard says how many tokens have which SNR."""
+        return self.token_snr and not self.codec.lossless
 
     def metadata(self, number: int) -> dict[str, str]:
         """``__metadata__`` of shard ``number``."""

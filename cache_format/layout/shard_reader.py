@@ -24,7 +24,7 @@ _SIZES = tuple(
     re.compile(rb'"%s":\{"dtype":"%s","shape":\[(\d{1,15})\]' % (name, dtype))
     for name, dtype in ((b"sample_ids", b"I64"), (b"input_ids", b"I32"), (BLOCKS.encode(), b"U8"))
 )
-_NUMPY = {"I64": "<i8", "U64": "<u8", "F64": "<f8", "U8": "u1"}
+_NUMPY = {"I32": "<i4", "I64": "<i8", "U64": "<u8", "F64": "<f8", "U8": "u1"}
 
 
 class ShardFile:
@@ -48,9 +48,7 @@ class ShardFile:
             self.cu_seqlens = self._array("cu_seqlens")
             self.sample_ids = self._array("sample_ids")
             self.sample_checksums = self._array("sample_checksums")
-            self.codec_head = {
-                t.name: self._array(t.name) for t in schema.codec.head(schema.states, len(self.sample_ids))
-            }
+            self.codec_head = {t.name: self._array(t.name) for t in schema.codec_head(len(self.sample_ids))}
             self._check_head()
         except BaseException:
             self.close()

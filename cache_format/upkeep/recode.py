@@ -229,6 +229,7 @@ def recoded_manifest(source: Manifest, codec: Codec, command: CommandLine | None
     rounded = {} if before.lossless else {CODEC_BEFORE: before.name}
     identity = {**kept, **codec_identity(codec), **rounded}
     changes: dict[str, Any] = {"codec": codec.to_dict(), "quarantined": [], "measured": None, "command": command}
+    changes["token_snr"] = not codec.lossless
     return source.extracting(identity, files=files, **changes)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cache_format.codecs import BlockCodec, RowCodec, States
-from cache_format.codecs.interface import BLOCK_STARTS, BLOCKS, ENERGY, total_energy
+from cache_format.codecs.interface import BLOCK_STARTS, BLOCKS
 from cache_format.layout.shard_layout import ShardSchema
 from cache_format.writing.shard_buffer import ShardBuffer
 
@@ -50,7 +50,7 @@ def encode_shard(
     if isinstance(codec, RowCodec):
         energy = codec.encode(rows, {name: into.tensor(name) for name in encoded}, states)
         if energy is not None:
-            into.tensor(ENERGY).copy_(total_energy(energy))
+            into.put_energy(energy)
     if isinstance(codec, BlockCodec):
         _encode_blocks(codec, bits_of(rows, states), states, into, encoders)
     return into
@@ -79,19 +79,21 @@ def _encode_blocks(
         into.tensor(name).numpy()[:] = values
     starts, blocks = into.tensor(BLOCK_STARTS).numpy(), into.tensor(BLOCKS).numpy()
     starts[0] = 0
-    energies = np.zeros((len(starts) - 1, 2, states.layers))
+    energies = np.zeros((len(rows) if not codec.lossless else 0, 2, states.layers))
     samples = list(zip(into.cu_seqlens.tolist(), into.cu_seqlens[1:].tolist(), strict=False))
     if encoders is None:
         for i, (start, stop) in enumerate(samples):
-            size = codec.encode_sample(rows[start:stop], shared, blocks[starts[i] :], states, energies[i])
+            size = codec.encode_sample(rows[start:stop], shared, blocks[starts[i] :], states, energies[start:stop])
             starts[i + 1] = starts[i] + size
     else:
         # Each where it would stand if all before it took the most they can.
         most = [codec.most_bytes(stop - start, states) for start, stop in samples]
         rooms = np.concatenate([[0], np.cumsum(most)]).tolist()
         futures = [
-            encoders.submit(codec.encode_sample, rows[start:stop], shared, blocks[low:high], states, energy)
-            for (start, stop), (low, high), energy in zip(samples, pairwise(rooms), energies, strict=True)
+            encoders.submit(
+                codec.encode_sample, rows[start:stop], shared, blocks[low:high], states, energies[start:stop]
+            )
+            for (start, stop), (low, high) in zip(samples, pairwise(rooms), strict=True)
         ]
         try:
             for i, future in enumerate(futures):
@@ -101,7 +103,7 @@ def _encode_blocks(
             # They write into this buffer.
             wait(futures)
     if not codec.lossless:
-        into.tensor(ENERGY).copy_(total_energy(torch.from_numpy(energies)))
+        into.put_energy(torch.from_numpy(energies))
     into.end_blocks(int(starts[-1]))
 
 

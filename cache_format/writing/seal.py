@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from cache_format.codecs.token_snr import median_db, worst_db
 from cache_format.layout.index import (
     INDEX_NAME,
     SHARDS_NAME,
@@ -67,7 +68,17 @@ def measure(manifest: Manifest, rows: Sequence[ShardRow]) -> Measured:
     if energy.size:
         ratios = np.clip(np.nan_to_num(energy.sum(0) / np.maximum(error.sum(0), 1e-300)), 1e-20, 1e20)
         snr = np.round(10 * np.log10(ratios), 2).tolist()
-    return Measured(ratio=round(sum(row.states_bytes for row in rows) / max(before, 1), 4), snr_db=snr)
+    counts = [row.token_snr for row in rows if row.token_snr is not None]
+    tokens: list[np.ndarray] = []
+    if counts and len(counts) == len(rows):
+        of_all: np.ndarray = np.stack(counts).sum(axis=0, dtype=np.int64)
+        tokens = [of_layer for of_layer in of_all if of_layer.any()]
+    return Measured(
+        ratio=round(sum(row.states_bytes for row in rows) / max(before, 1), 4),
+        snr_db=snr,
+        median_snr_db=[median_db(of_layer) for of_layer in tokens],
+        worst_snr_db=[worst_db(of_layer) for of_layer in tokens],
+    )
 
 
 def describe_files(cache: Path, names: Iterable[str]) -> dict[str, FileInfo]:

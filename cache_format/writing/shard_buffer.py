@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cache_format.codecs.dtypes import DTYPES
-from cache_format.codecs.interface import BLOCK_STARTS, BLOCKS
+from cache_format.codecs.interface import BLOCK_STARTS, BLOCKS, ENERGY, total_energy
+from cache_format.codecs.token_snr import TOKEN_SNR, token_snr
 from cache_format.layout.safetensors_file import Container, TensorPlace
 from cache_format.layout.shard_layout import ShardSchema, sample_hasher
 from cache_format.storage.commit import committed, write_all
@@ -56,6 +57,12 @@ class ShardBuffer:
         place = self.container.places[name]
         return self._slice(place.start, place.stop).view(DTYPES[place.dtype]).view(place.shape)
 
+    def put_energy(self, by_token: Tensor) -> None:
+        """What a lossy codec says of its errors: ``by_token`` float64 ``[n, 2, L]``, see :meth:`RowCodec.encode`."""
+        self.tensor(ENERGY).copy_(total_energy(by_token))
+        if self.schema.counts_tokens:
+            self.tensor(TOKEN_SNR).copy_(torch.from_numpy(token_snr(by_token)))
+
     def without(self, dropped: np.ndarray) -> ShardBuffer:
         """A copy that leaves out the samples where bool ``dropped [n]`` is True; not for shards with blocks."""
         assert self.container is not None
@@ -63,7 +70,7 @@ class ShardBuffer:
         copy = ShardBuffer(self.container.num_bytes + PAGE)
         copy.begin(self.schema, self.number, self.tensor("sample_ids").numpy()[kept], lengths[kept])
         rows = torch.from_numpy(np.repeat(kept, lengths))
-        for tensor in self.schema.codec.head(self.schema.states, int(kept.sum())):
+        for tensor in self.schema.codec_head(int(kept.sum())):
             copy.tensor(tensor.name).copy_(self.tensor(tensor.name))
         for row in self.schema.token_tensors:
             copy.tensor(row.name).copy_(self.tensor(row.name)[rows])

@@ -113,6 +113,7 @@ def estimate(options: ExtractOptions) -> Estimate:
         codec=codec_named(options.codec),
         states=States(torch_dtype(dtype), len(layer_ids), shape.hidden_size),
         captures=capture_tensors(options.capture, torch_dtype(dtype), shape.hidden_size),
+        token_snr=True,
     )
     # Which samples share a batch does not change the sizes.
     plan_options = replace(options.plan, batch_tokens=options.plan.batch_tokens or DEFAULT_BATCH_TOKENS)

@@ -117,6 +117,7 @@ def _what_matters(summary: dict[str, Any]) -> list[tuple[str, str]]:
             lines += [("source", source_note(SourceInfo(**source))) for source in data["sources"]]
         bad_rows = {reason: BadRows(**found) for reason, found in data["bad_rows"].items()}
         lines += [("bad rows", note) for note in bad_row_notes(bad_rows)]
+    lines += _snr_lines(summary)
     if summary["quarantined"]:
         lines.append(("quarantined", f"sample_id {', '.join(map(str, summary['quarantined']))}"))
     if command := summary["command"]:
@@ -157,10 +158,20 @@ def _reached(summary: dict[str, Any]) -> str:
     if not measured or summary["codec"]["name"] == "raw":
         return ""
     text = f", {100 * measured['ratio']:.1f} % of raw"
-    if not measured["snr_db"]:
+    if not measured["snr_db"] or measured["median_snr_db"]:
         return text
     by_layer = zip(summary["target_layer_ids"], measured["snr_db"], strict=True)
     return f"{text}; SNR {', '.join(f'layer {layer}: {snr:.1f} dB' for layer, snr in by_layer)}"
+
+
+def _snr_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """By layer, of the median token and of the worst: over all together a few massive tokens would decide."""
+    measured, lines = summary["measured"] or {}, []
+    for name, told in {"median_snr_db": "SNR, median token", "worst_snr_db": "SNR, worst token"}.items():
+        if found := measured.get(name):
+            by_layer = zip(summary["target_layer_ids"], found, strict=True)
+            lines.append((told, ", ".join(f"layer {layer}: {snr:.1f} dB" for layer, snr in by_layer)))
+    return lines
 
 
 def _a_token(summary: dict[str, Any]) -> str:

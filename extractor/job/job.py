@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cache_format.codecs import Codec, codec_from_dict
+from cache_format.codecs import Codec, codec_from_dict, codec_named
 from cache_format.codecs.dtypes import torch_dtype
 from cache_format.errors import CacheError, InputError
 from cache_format.layout.manifest import (
@@ -255,6 +255,7 @@ class Job:
             codec=self.identity["codec"],
             capture=self.options.capture.to_dict(),
             created_with=software(self.device),
+            token_snr=not codec_named(self.options.codec).lossless,
             command=self.options.command,
         )
 

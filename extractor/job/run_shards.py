@@ -26,7 +26,6 @@ from torch import Tensor
 
 from cache_format.codecs import RawCodec, RowCodec
 from cache_format.codecs.dtypes import DTYPES
-from cache_format.codecs.interface import ENERGY, total_energy
 from cache_format.device import (
     CPU,
     current_stream,
@@ -233,7 +232,7 @@ class ShardRunner:
             kept = kept.without(dropped)
         if end.energy is not None:
             of_kept = torch.from_numpy(np.repeat(~dropped, shard.num_tokens))
-            kept.tensor(ENERGY).copy_(total_energy(end.energy[of_kept]))
+            kept.put_energy(end.energy[of_kept])
         if self.schema.has_blocks:
             with self.timeline.span("encode"):
                 # Memory that each writer thread uses again.

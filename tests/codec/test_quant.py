@@ -37,8 +37,8 @@ def like_an_llm(tokens: int, states: States, seed: int = 0) -> torch.Tensor:
 
 def encoded(codec: QuantCodec, rows: torch.Tensor, states: States) -> tuple[np.ndarray, np.ndarray]:
     """Bytes of a sample, and its energies."""
-    energy, out = np.zeros((2, states.layers)), np.empty(codec.most_bytes(len(rows), states), np.uint8)
-    return out[: codec.encode_sample(bits_of(rows, states), {}, out, states, energy)], energy
+    by_token, out = np.zeros((len(rows), 2, states.layers)), np.empty(codec.most_bytes(len(rows), states), np.uint8)
+    return out[: codec.encode_sample(bits_of(rows, states), {}, out, states, by_token)], by_token.sum(0)
 
 
 def decoded(codec: QuantCodec, stored: np.ndarray, rows: torch.Tensor, states: States, first: int) -> torch.Tensor:
