@@ -22,10 +22,19 @@ def estimate(
     samples: SamplesGroup,
     states: StatesGroup,
     out: Annotated[Path | None, typer.Option(help="Folder whose disk is looked at for free space.")] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Load the target and time a few batches: how long will it take?"),
+    ] = False,
+    tokens_per_second: Annotated[
+        float | None,
+        typer.Option(help="Of one worker: how long does it take at that rate?", show_default=False),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Bytes, shards and tokens of a cache, from the data and the target's config; no weights are loaded.
+    """Bytes, shards and tokens of a cache, from the data and the target's config; no weights are loaded but for
+    --calibrate. With that, or with --tokens-per-second, hours, GPU-hours and what the disk must take, too.
 
     Up to 10,000 rows are tokenised; larger data is estimated from rows spread evenly over it.
 
@@ -35,7 +44,8 @@ def estimate(
     from extractor.job.estimate import describe
     from extractor.job.estimate import estimate as run_estimate
 
-    result = run_estimate(extract_options({**flat(given), "out": out or Path.cwd()}))
+    options = extract_options({**flat(given), "out": out or Path.cwd()})
+    result = run_estimate(options, tokens_per_second=tokens_per_second, calibrate=calibrate)
     if as_json:
         show(json.dumps(asdict(result)))
     else:

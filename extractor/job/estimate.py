@@ -18,6 +18,7 @@ from cache_format.layout.shard_layout import ShardSchema, capture_tensors
 from extractor.config import DEFAULT_BATCH_TOKENS, ExtractOptions
 from extractor.data.dataset import open_source
 from extractor.data.prepare import prepare_rows
+from extractor.job.estimate_time import TimeEstimate, described, measured_rate, require_rate, time_estimate
 from extractor.job.plan import Plan
 from extractor.job.report import bad_row_notes, dropped_note
 from extractor.target.layer_ids import chosen_layer_ids
@@ -59,6 +60,8 @@ class Estimate:
     padding: float
     """share of computed tokens that is padding"""
     free_bytes: int
+    time: TimeEstimate | None = None
+    """None where no rate is known"""
 
     @property
     def fits(self) -> bool:
@@ -66,12 +69,16 @@ class Estimate:
         return self.shard_bytes <= self.free_bytes
 
 
-def estimate(options: ExtractOptions) -> Estimate:
+def estimate(options: ExtractOptions, *, tokens_per_second: float | None = None, calibrate: bool = False) -> Estimate:
     """Tokenise up to 10,000 rows and work out what ``extract`` with the same options would write.
+
+    How long that takes, too, at ``tokens_per_second``, or with ``calibrate`` at what the target, which is loaded for
+    it, does on a few of its batches.
 
     Raises:
         InputError: bad data, target or options, as for ``extract``.
     """
+    require_rate(tokens_per_second, calibrate)
     target = options.target
     config = load_config(target.name, target.revision, target.trust_remote_code)
     shape = TargetShape.from_config(config)
@@ -84,6 +91,7 @@ def estimate(options: ExtractOptions) -> Estimate:
 
     prepare = replace(options.prepare, num_embeddings=shape.vocab_size)
     lengths: list[int] = []
+    ids: list[np.ndarray] = []
     per_row: list[int] = []
     dropped = Dropped()
     loss_tokens = read = 0
@@ -93,6 +101,7 @@ def estimate(options: ExtractOptions) -> Estimate:
             some = source.read(start, stop)
             samples, why = prepare_rows(some, tokenizer, prepare)
             lengths += [len(sample.input_ids) for sample in samples]
+            ids += [sample.input_ids for sample in samples] if calibrate else []
             loss_tokens += sum(int(sample.loss_mask.sum()) for sample in samples)
             dropped.add(why)
             read += len(some)
@@ -121,17 +130,23 @@ def estimate(options: ExtractOptions) -> Estimate:
     names = dict.fromkeys([*CODECS, "quant:fine", options.codec])
     codec_bytes = {name: int(plan.shard_bytes(replace(schema, codec=codec_named(name))).sum()) for name in names}
     exact = rows is not None and read >= rows
+    num_tokens = round(sum(lengths) * scale)
+    rate = measured_rate(options, dtype, layer_ids, ids, plan) if calibrate else tokens_per_second
+    seconds = None
+    if rate is not None:
+        written, devices = codec_bytes[options.codec], target.devices
+        seconds = time_estimate(rate, num_tokens, written, devices=devices, measured=calibrate)
     return Estimate(
         rows=rows,
         rows_read=read,
         samples=round(len(lengths) * scale),
-        tokens=round(sum(lengths) * scale),
+        tokens=num_tokens,
         loss_tokens=round(loss_tokens * scale),
         dropped=dict(dropped),
         bad_rows=dropped.bad_rows,
         relative_error=0.0 if exact else float(1.96 * np.std(per_row) / math.sqrt(read) / np.mean(per_row)),
         target_layer_ids=layer_ids,
-        token_bytes=codec_bytes[options.codec] // max(round(sum(lengths) * scale), 1),
+        token_bytes=codec_bytes[options.codec] // max(num_tokens, 1),
         capture_bytes=sum(tensor.row_bytes for tensor in schema.captures),
         shards=len(plan),
         codec=options.codec,
@@ -139,6 +154,7 @@ def estimate(options: ExtractOptions) -> Estimate:
         codec_bytes=codec_bytes,
         padding=_padding(plan),
         free_bytes=shutil.disk_usage(_existing(options.out)).free,
+        time=seconds,
     )
 
 
@@ -161,6 +177,7 @@ def describe(result: Estimate) -> str:
         ("by codec", ", ".join(f"{name} {_about(name)}{size(value)}" for name, value in result.codec_bytes.items())),
         ("padding", f"{100 * result.padding:.1f} % of the tokens computed; none of it is stored"),
         ("free on the disk", size(result.free_bytes)),
+        *(described(result.time) if result.time else ()),
     ]
     if result.rows is None:
         lines.append(

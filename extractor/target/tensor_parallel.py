@@ -7,6 +7,7 @@ missing, which batches, trials at the start), the others follow without knowing 
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -73,10 +74,15 @@ def require_plan(config: Any) -> None:
     text, size = config.get_text_config(), world_size()
     if not getattr(text, "base_model_tp_plan", None):
         raise InputError(f"--tp-plan: transformers has none for {config.model_type}; try --device-map auto")
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(text, name, None)
-        if heads and heads % size:
-            raise InputError(f"--tp-plan: {size} processes do not divide the target's {heads} {name}")
+    heads = {name: getattr(text, name, None) or 0 for name in ("num_attention_heads", "num_key_value_heads")}
+    for name, count in heads.items():
+        if count % size:
+            most = math.gcd(*heads.values())
+            fit = [str(number) for number in range(2, most + 1) if most % number == 0]
+            raise InputError(
+                f"--tp-plan: {size} processes do not divide the target's {count} {name}, and transformers replicates "
+                f"none; {'start ' + ' or '.join(fit) if fit else 'no number does'}, or use --device-map auto"
+            )
 
 
 class Group:
