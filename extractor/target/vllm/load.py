@@ -258,7 +258,8 @@ def _hidden(names: re.Pattern[str]) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """One line of what vLLM says; its checks of options put it below a headline."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if line.startswith("Value error, ")), lines[0]).removeprefix("Value error, ")
+    said = next((line for line in lines if line.startswith("Value error, ")), lines[0]).removeprefix("Value error, ")
+    return " ".join(lines[:2]) if said.endswith(":") else said
 
 
 def _cache_bytes(model: Any, num_layers: int, wanted: _Wanted) -> int:

@@ -11,6 +11,12 @@ from extractor.config import TargetOptions
 from extractor.target.stored_embeddings import StoredWeights
 from extractor.target.transformers_backend import longrope_limit
 
+_OTHER_STATES = {"bloom": "takes the exact GELU where it was trained with tanh's approximation of it"}
+"""model_type -> what vLLM 0.32 does otherwise than transformers; a large target could not be compared."""
+
+_WIDER_WINDOWS = ("cohere2",)
+"""Sliding windows of one token more in vLLM than in transformers; its authors say that the target was trained so."""
+
 
 def require_servable(target: TargetOptions, config: Any) -> None:
     """Refuse a target that the backend cannot run, or not as transformers does.
@@ -25,6 +31,11 @@ def require_servable(target: TargetOptions, config: Any) -> None:
         )
     if any(getattr(config, name, None) is not None for name in ("vision_config", "audio_config")):
         raise multimodal(" or ".join(config.architectures or [config.model_type]))
+    if config.model_type in _OTHER_STATES:
+        raise InputError(
+            f"--backend vllm: of a target of type {config.model_type} vLLM {_OTHER_STATES[config.model_type]}; "
+            "use --backend transformers"
+        )
     # Those of the hub would be downloaded here.
     if Path(target.name).is_dir():
         StoredWeights(target.name, target.revision)
@@ -47,6 +58,12 @@ def require_length(config: Any, longest: int) -> None:
     limit = getattr(config.get_text_config(), "max_position_embeddings", longest)
     if longest > limit:
         raise InputError(f"--backend vllm: the target has {limit:,} positions; pass --max-length {limit}")
+    text = config.get_text_config()
+    if text.model_type in _WIDER_WINDOWS and longest > text.sliding_window:
+        raise InputError(
+            f"--backend vllm: beyond {text.sliding_window:,} tokens its window for a target of type {text.model_type} "
+            f"is a token wider than transformers'. Pass --max-length {text.sliding_window}, or --backend transformers"
+        )
     # vLLM decides once, by the longest request that it may get, one token of its answer included.
     short = longrope_limit(config)
     if short is not None and longest >= short:
