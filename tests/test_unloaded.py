@@ -8,12 +8,13 @@ import shutil
 import pytest
 import torch
 from tiny_models import _SIZES, build, qwen3_moe
-from transformers import GraniteMoeHybridConfig, MixtralConfig, Qwen3MoeConfig
+from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteMoeHybridConfig, MixtralConfig, Qwen3MoeConfig
 from transformers.integrations import accelerate as accelerate_in_transformers
 
 from cache_format.errors import InputError
 from extractor.config import TargetOptions
 from extractor.job import job as jobs
+from extractor.target.load_target import load_target
 from extractor.target.unloaded import require_runnable
 
 
@@ -92,3 +93,18 @@ def test_code_that_cannot_do_without_weights_is_left_to_loading(tiny_target, tmp
     options = TargetOptions(name=str(folder), experts_implementation="eager", trust_remote_code=True)
     loaded = load_config(str(folder), None, True)
     require_runnable(options, loaded, torch.float32)
+
+
+def test_a_capped_target_is_not_run_by_the_kernel_that_leaves_the_cap_out(tmp_path):
+    config = Gemma2Config(**_SIZES, sliding_window=6, attn_logit_softcapping=0.2)
+    build(lambda: Gemma2ForCausalLM(config)).save_pretrained(tmp_path)
+    ids = torch.arange(3, 12)[None]
+    how = {"dtype": torch.float32, "device": torch.device("cpu"), "revision": None, "trust_remote_code": False}
+    model = load_target(str(tmp_path), attn_implementation=None, **how)
+    assert model.config._attn_implementation == "eager"
+    capped = model.model(input_ids=ids).last_hidden_state
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert not torch.allclose(model.model(input_ids=ids).last_hidden_state, capped, rtol=1e-4)
+    with pytest.raises(InputError, match="leaves out; use eager"):
+        require_runnable(TargetOptions(name=str(tmp_path), attn_implementation="sdpa"), config, torch.float32)

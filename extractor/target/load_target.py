@@ -17,7 +17,7 @@ from cache_format.errors import InputError
 from extractor.config import TargetOptions
 from extractor.target.adapter import with_adapter
 from extractor.target.gguf_file import dequantising, gguf_options, place_and_file
-from extractor.target.unloaded import auto_class, require_experts, require_on_devices
+from extractor.target.unloaded import auto_class, caps_attention, require_experts, require_on_devices
 from extractor.terminal.others import no_bar_of_transformers
 from extractor.terminal.progress import say
 
@@ -118,6 +118,8 @@ def load_target(
     if file is not None:
         # Reading the configuration out of such a file takes seconds.
         options |= {**gguf_options(file), **dequantising(), "config": config}
+    if attn_implementation is None and caps_attention(config):
+        attn_implementation = "eager"
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     if experts_implementation:

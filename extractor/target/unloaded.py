@@ -23,8 +23,8 @@ def auto_class(config: Any) -> Any:
 
 
 def require_runnable(target: TargetOptions, config: Any, dtype: torch.dtype) -> None:
-    """Refuse ``--experts-implementation`` for a target without experts, a ``--device-map`` that would offload, and a
-    GGUF file where nothing can read it.
+    """Refuse ``--experts-implementation`` for a target without experts, a ``--device-map`` that would offload, a GGUF
+    file where nothing can read it, and an attention kernel that computes something else.
 
     A target that cannot be built without its weights, or whose quantised weights have other sizes than its
     configuration tells, is left to :func:`require_experts` and :func:`require_on_devices` after loading.
@@ -37,6 +37,11 @@ def require_runnable(target: TargetOptions, config: Any, dtype: torch.dtype) -> 
         raise InputError(
             f"--target {target.name}: {option} takes no GGUF; leave it out, or give the target as safetensors"
         )
+    if target.attn_implementation == "sdpa" and caps_attention(config):
+        raise InputError(
+            "--attn-implementation sdpa: this target caps its attention scores (attn_logit_softcapping), which that "
+            "kernel leaves out; use eager or flash_attention_2, or leave the option out"
+        )
     if target.experts_implementation is None and target.device_map is None:
         return
     model = _built(config, dtype, target.trust_remote_code)
@@ -46,6 +51,11 @@ def require_runnable(target: TargetOptions, config: Any, dtype: torch.dtype) -> 
         require_experts(model)
     if target.device_map is not None and getattr(config, "quantization_config", None) is None:
         _require_room(model, target.device_map)
+
+
+def caps_attention(config: Any) -> bool:
+    """Whether attention scores are capped, as Gemma 2's; sdpa, transformers' usual kernel, leaves the cap out silently."""
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
 def require_experts(model: nn.Module) -> None:

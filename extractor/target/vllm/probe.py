@@ -27,6 +27,9 @@ from extractor.terminal.progress import say
 
 PROBED_TOKENS = 48
 
+TOLERANCE = {**PROBE_TOLERANCE, torch.float32: 5e-5}
+"""Largest difference, as a share of a token's state, that passes as rounding: another GELU is off by 2e-4."""
+
 SMALL_BYTES = 4 << 30
 """Weight files up to this size are loaded by transformers too."""
 
@@ -74,7 +77,11 @@ def prove(
     # One token alone and a twin are what kernels and schedulers may treat in ways of their own.
     for states in beside[1:]:
         _require_near(states, alone[: len(states)], backend, f"{len(states)} tokens give other states beside others")
-    if not quantised and weights.num_bytes() <= SMALL_BYTES:
+    if quantised:
+        say("not compared with transformers: the weights are quantised")
+    elif weights.num_bytes() > SMALL_BYTES:
+        say(f"not compared with transformers: the weight files are over {SMALL_BYTES >> 30} GiB")
+    else:
         _compare(backend, target, alone, ids[:1])
 
 
@@ -132,7 +139,7 @@ def _require_near(states: Tensor, expected: Tensor, backend: VllmBackend, what: 
     errors = (states.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp_min(1e-20)
     by_layer = errors.amax(0) if backend.dtype == torch.float32 else errors.median(0).values
     worst = int(by_layer.nan_to_num(float("inf")).argmax())
-    if not by_layer[worst] <= PROBE_TOLERANCE[backend.dtype]:
+    if not by_layer[worst] <= TOLERANCE[backend.dtype]:
         raise InputError(
             f"--backend vllm: {what} at {backend.checked[worst]}: off by {float(by_layer[worst]):.2g} of a token's "
             "norm. Either vLLM or transformers does not compute this target as it was trained; use --backend "
