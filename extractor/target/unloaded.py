@@ -54,7 +54,7 @@ def require_runnable(target: TargetOptions, config: Any, dtype: torch.dtype) -> 
 
 
 def caps_attention(config: Any) -> bool:
-    """Whether attention scores are capped, as Gemma 2's; sdpa, transformers' usual kernel, leaves the cap out silently."""
+    """Whether attention scores are capped, as Gemma 2's; transformers 5.19 takes sdpa, which leaves the cap out."""
     return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
