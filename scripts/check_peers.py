@@ -254,8 +254,10 @@ def exported(work: Path, to: str, **seen: Any) -> Path:
 def speculators(work: Path) -> None:
     """Records of its train split, and a collated, packed batch."""
     from speculators.train.data import ArrowDataset, CollateFn
+    from speculators.train.vocab_mapping import build_vocab_mappings_from_distribution
 
     from cache_format.adapters.speculators import CacheDataset, seen_by_draft
+    from cache_format.export.vocab_map import vocab_map
 
     folder = exported(work, "speculators")
     options = {"max_len": 512, "train_ratio": 0.75, "split": "val", "hidden_states_dtype": torch.float32}
@@ -265,6 +267,14 @@ def speculators(work: Path) -> None:
     assert list(ours.approx_lengths) == list(theirs.approx_lengths)
     packed = [CollateFn(512, 64, 3, torch.float32)([d[i] for i in range(4)]) for d in (ours, theirs)]
     assert all(torch.equal(packed[0][k], packed[1][k]) for k in packed[0] if torch.is_tensor(packed[0][k]))
+    counts = FeatureCache.open(work / "cache").learned_counts()
+    seen = {token: int(count) for token, count in enumerate(counts) if count}
+    for size in (100, 1500):
+        d2t, t2d = build_vocab_mappings_from_distribution(seen, size, len(counts))
+        found = vocab_map(counts, size)
+        assert d2t.tolist() == found.d2t.tolist()
+        assert t2d.tolist() == found.t2d.tolist()
+    print("speculators: vocab-map chooses the tokens that it chooses")
 
 
 def deepspec(work: Path) -> None:

@@ -5,14 +5,18 @@ scripts/test_peers.sh runs the projects themselves.
 
 from __future__ import annotations
 
+import json
 import pickle
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from cache_format import FeatureCache, InputError
+from cache_format import FeatureCache, InputError, MismatchError
 from cache_format.adapters import angelslim, deepspec, modelopt, speculators
 from cache_format.adapters.specforge import Batches, features
+from cache_format.export.vocab_map import vocab_map
 
 LAYERS, LAST = [1, 4, 5], 5
 
@@ -91,3 +95,51 @@ def test_what_was_not_captured_is_asked_for_by_name(made):
         features(plain.batch([0]), "eagle3")
     with pytest.raises(InputError, match="--target-layers 4,0,2,5"):
         speculators.seen_by_draft(plain)
+
+
+def test_a_draft_vocabulary_is_of_the_tokens_that_are_learned_most(made, cli, tmp_path):
+    cache = FeatureCache.open(made)
+    counts = np.zeros(cache.manifest.target.vocab_size, np.int64)
+    for sample in cache:
+        np.add.at(counts, sample.input_ids[0][sample.loss_mask[0] == 1].numpy(), 1)
+    assert np.array_equal(cache.learned_counts(), counts)
+    assert np.array_equal(FeatureCache.open([made, made]).learned_counts(), 2 * counts)
+
+    code, said, _ = cli("vocab-map", made, tmp_path, "--size", 64, "--json")
+    assert code == 0
+    d2t, t2d = (np.load(tmp_path / f"{name}.npy") for name in ("d2t", "t2d"))
+    tokens = d2t + np.arange(64)
+    assert (d2t.dtype, t2d.dtype, len(t2d)) == (np.int64, bool, len(counts))
+    assert np.array_equal(np.flatnonzero(t2d), tokens)
+    assert counts[tokens].min() >= counts[~t2d].max()
+    assert json.loads(said)["covered"] == pytest.approx(counts[tokens].sum() / counts.sum())
+    maps = torch.load(tmp_path / "vocab_mapping.pt", weights_only=True)
+    assert np.array_equal(maps["d2t"].numpy(), d2t)
+    assert np.array_equal(maps["t2d"].numpy(), t2d)
+    chosen = torch.load(tmp_path / "selected_token_ids.pt", weights_only=True)
+    assert (chosen["selected_token_ids"].tolist(), chosen["target_vocab_size"]) == (tokens.tolist(), len(counts))
+    # More than there are: the lowest ids fill it up.
+    few = vocab_map(np.array([0, 3, 0, 5, 0]), 4)
+    assert (few.tokens.tolist(), few.covered) == ([0, 1, 2, 3], 1.0)
+    code, _, said = cli("vocab-map", made, tmp_path, "--size", 10**6)
+    assert code == 2
+    assert "choose fewer, at least 1" in said
+
+
+def test_expect_tells_a_target_by_what_it_is(made, tiny_target, tmp_path, monkeypatch):
+    cache = FeatureCache.open(made)
+    (tmp_path / "link").symlink_to(tiny_target)
+    monkeypatch.chdir(tiny_target.parent)
+    for target in (tiny_target, tmp_path / "link", f"./{tiny_target.name}", f"{tiny_target}/", cache, cache.manifest):
+        assert len(FeatureCache.open(made, expect={"target": target})) == len(cache)
+    weights = cache.manifest.identity["target.weights"]
+    FeatureCache.open(made, expect={"target.weights": weights})
+    with pytest.raises(MismatchError, match=r"target\.weights"):
+        FeatureCache.open(made, expect={"target.weights": "another"})
+    with pytest.raises(MismatchError, match="target"):
+        FeatureCache.open(made, expect={"target": tmp_path})
+    moved = replace(cache.manifest, target=replace(cache.manifest.target, name="elsewhere"))
+    FeatureCache.open(made, expect={"target": moved})
+    other = cache.manifest.extracting({**cache.manifest.identity, "target.weights": "another"})
+    with pytest.raises(MismatchError, match=r"target\.weights"):
+        FeatureCache.open(made, expect={"target": other})

@@ -149,7 +149,7 @@ def write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
         write_tensor(file, tensor)
 
 
-def write_torch(file: BinaryIO, record: Mapping[str, Tensor | bool]) -> None:
+def write_torch(file: BinaryIO, record: Mapping[str, Tensor | bool | int]) -> None:
     """``torch.save`` of a dict: the same bytes each time. Opens with ``torch.load(weights_only=True)``."""
     # A clone, because torch.save writes the whole storage that a view is part of.
     own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in record.items()}

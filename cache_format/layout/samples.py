@@ -266,6 +266,22 @@ class PreparedSamples:
             ends[wanted] = np.where(counts[wanted] > 0, last[np.maximum(stop, 1) - 1] - first, 0)
         return counts, ends
 
+    def learned_counts(self, vocab_size: int) -> np.ndarray:
+        """int64 ``[vocab_size]``: how often each token is learned.
+
+        Raises:
+            CacheError: a token is outside of the vocabulary.
+        """
+        counts = np.zeros(vocab_size, np.int64)
+        for number, batch in enumerate(self._parts):
+            ids, mask = (batch.column(name).flatten().to_numpy() for name in ("input_ids", "loss_mask"))
+            learned = ids[mask != 0]
+            if len(learned) and not 0 <= learned.min() <= learned.max() < vocab_size:
+                problem = f"is damaged: it has tokens outside of 0..{vocab_size - 1}"
+                raise CacheError(part_path(self.folder, number), problem)
+            counts += np.bincount(learned, minlength=vocab_size)
+        return counts
+
     def digest(self) -> str:
         """Order-sensitive digest of every sample: xxh3_128 (hex) over the samples' uint64 digests, little-endian."""
         return xxhash.xxh3_128(self._column("digest", np.uint64).astype("<u8").data).hexdigest()

@@ -93,6 +93,14 @@ class BatchSource(ABC):
             CacheError: these are missing or damaged.
         """
 
+    @abstractmethod
+    def learned_counts(self) -> np.ndarray:
+        """int64 ``[V]``: how often each token of the vocabulary is learned, in all prepared samples.
+
+        Raises:
+            CacheError: these are missing or damaged.
+        """
+
     @property
     def decodes_on_host(self) -> bool:
         """Whether states have to be decoded before they are together in one batch."""

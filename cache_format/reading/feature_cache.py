@@ -120,7 +120,9 @@ class FeatureCache(Dataset):
                 Of 0.25 it is another quarter each epoch. Default: every sample once.
             allow_incomplete: read what a cache holds whose extraction has not finished; its tables are then
                 rebuilt from the finished shards, which takes time in proportion to their number.
-            expect: what the trainer relies on: any of ``target`` (name as given at extraction), ``model_type``,
+            expect: what the trainer relies on: any of ``target`` (its name as given at extraction, another spelling of
+                the same folder, or a cache of the same target, which is compared by the digests of config and
+                weights), ``target.weights`` and other fields of the identity that begin so, ``model_type``,
                 ``target_layer_ids``, ``hidden_size``, ``num_hidden_layers``, ``vocab_size``, ``dtype``,
                 ``codec`` (its name), ``fingerprint``.
             verify: ``"sample"`` checks the checksum of each sample as it is read, all its stored bytes; the cost is
@@ -142,7 +144,7 @@ class FeatureCache(Dataset):
             raise InputError(f'verify={verify!r}: choose "sample" or None')
         options = {
             "allow_incomplete": allow_incomplete,
-            "expect": dict(expect or {}),
+            "expect": {name: getattr(value, "manifest", value) for name, value in (expect or {}).items()},
             "verify": verify,
             "cache_dir": None if cache_dir is None else os.path.abspath(cache_dir),
             "cache_limit": cache_limit,
@@ -397,6 +399,15 @@ class FeatureCache(Dataset):
         )
         source = self if layers is None and dtype is None else self.view(layers=layers, dtype=dtype)
         return CacheLoader(source._source, options)
+
+    def learned_counts(self) -> np.ndarray:
+        """int64 ``[V]``: how often each token is learned in the prepared samples; what a smaller draft vocabulary is
+        chosen by (``cache_format.export.vocab_map``).
+
+        Raises:
+            CacheError: the prepared samples are missing or damaged.
+        """
+        return self._source.learned_counts()
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The target's token embedding, frozen, read from the cache itself; of a :meth:`view` in its dtype.

@@ -14,8 +14,9 @@ import numpy as np
 from cache_format.batch import DFlashTargetBatch
 from cache_format.errors import InputError, MismatchError
 from cache_format.layout.index import Index
-from cache_format.layout.manifest import Manifest, differing
+from cache_format.layout.manifest import differing
 from cache_format.reading.batch_source import BatchSource
+from cache_format.reading.expect import target_identity
 from cache_format.reading.gather import Piece
 from cache_format.reading.view import View
 
@@ -97,6 +98,10 @@ class JoinedCaches(BatchSource):
                 counts[of_part], ends[of_part] = part.learned(samples[of_part] - first, lengths[of_part])
         return counts, ends
 
+    def learned_counts(self) -> np.ndarray:
+        """See :class:`BatchSource`."""
+        return np.sum([part.learned_counts() for part in self.parts], axis=0)
+
     def most_ahead(self, window_shards: int) -> int | None:
         """See :class:`BatchSource`."""
         found = [most for part in self.parts if (most := part.most_ahead(window_shards)) is not None]
@@ -128,12 +133,6 @@ def require_alike(one: BatchSource, other: BatchSource) -> None:
             different,
             "Read them apart, or extract one of them again with the other's options.",
         )
-
-
-def target_identity(manifest: Manifest) -> dict[str, Any]:
-    """What tells a cache's target from others: digests, where the cache has them, else its name."""
-    found = {name: value for name, value in manifest.identity.items() if name.startswith("target.")}
-    return found if "target.weights" in found else {"target": manifest.target.name}
 
 
 def _decides(source: BatchSource) -> dict[str, Any]:

@@ -102,6 +102,10 @@ class OpenCache(BatchSource):
         """See :class:`BatchSource`."""
         return self._prepared.learned(self.index.sample_id[samples], lengths)
 
+    def learned_counts(self) -> np.ndarray:
+        """See :class:`BatchSource`."""
+        return self._prepared.learned_counts(self.manifest.target.vocab_size)
+
     @cached_property
     def _prepared(self) -> PreparedSamples:
         assert self.manifest.totals is not None

@@ -32,6 +32,7 @@ from extractor.cli.repair import repair
 from extractor.cli.report import report
 from extractor.cli.show import show
 from extractor.cli.verify import verify
+from extractor.cli.vocab_map import vocab_map
 from extractor.terminal.progress import say
 from extractor.terminal.signals import Stopped, stoppable
 
@@ -68,7 +69,7 @@ def _options(
     pass
 
 
-for command in (preview, estimate, extract, append, inspect, show, report, verify, repair, export, recode):
+for command in (preview, estimate, extract, append, inspect, show, report, verify, repair, export, recode, vocab_map):
     app.command(cls=Command)(spread(command))
 
 
