@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import struct
 import termios
 from pathlib import Path
@@ -290,3 +291,12 @@ def test_a_trainer_speaks_from_the_first_step(made, tmp_path):
         [sys.executable, script, *options, "--device", "cpu"], capture_output=True, text=True, env=where, check=True
     )
     assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("step")] == ["1", "2"]
+
+
+def test_estimate_says_what_to_run(job, cli):
+    code, out, _ = cli("estimate", *job, "--codec", "fp8", "--tokens-per-second", "100", "--debug")
+    assert code == 0
+    assert out.splitlines()[-1] == f"to run it: dflash-cache extract {shlex.join(job)} --codec fp8 --debug --out OUT"
+    assert re.search(r"--codec zbits +about .*, saves \d+ %", out)
+    assert re.search(r"--codec raw +[\d.]+ MiB\n", out)
+    assert re.search(r"memory +[\d.]+ MiB of the host", out)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from extractor.cli.extract import extract
 from extractor.cli.extract_options import extract_options
-from extractor.cli.option_groups import DataGroup, SamplesGroup, StatesGroup, TokenizerGroup, flat
+from extractor.cli.option_groups import DataGroup, SamplesGroup, StatesGroup, TokenizerGroup, flat, spread
 from extractor.cli.options import Debug, Json, Target
 from extractor.cli.output import show
+from extractor.cli.shown import shown
 
 
 def estimate(
@@ -49,4 +54,21 @@ def estimate(
     if as_json:
         show(json.dumps(asdict(result)))
     else:
-        show(describe(result))
+        show(f"{describe(result)}\n\nto run it: {_extract_command(sys.argv)}")
+
+
+def _extract_command(arguments: list[str]) -> str:
+    """The command line of an estimate as that of the extraction."""
+    of_extract = {one.names[0] for one in map(shown, signature(spread(extract)).parameters.values())}
+    words, skip = ["dflash-cache", "extract"], False
+    given = arguments[arguments.index("estimate") + 1 :] if "estimate" in arguments else []
+    for word, after in zip(given, [*given[1:], ""], strict=True):
+        name = word.partition("=")[0]
+        if skip:
+            skip = False
+        elif word.startswith("--") and name not in of_extract:
+            skip = "=" not in word and not after.startswith("-") and name != "--calibrate"
+        else:
+            words.append(word)
+    has_out = any(word.partition("=")[0] in ("--out", "--config") for word in words)
+    return shlex.join(words if has_out else [*words, "--out", "OUT"])

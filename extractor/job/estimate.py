@@ -21,6 +21,7 @@ from extractor.data.prepare import prepare_rows
 from extractor.job.estimate_time import TimeEstimate, described, measured_rate, require_rate, time_estimate
 from extractor.job.plan import Plan
 from extractor.job.report import bad_row_notes, dropped_note
+from extractor.job.run_shards import NUM_BUFFERS
 from extractor.target.layer_ids import chosen_layer_ids
 from extractor.target.load_target import TargetShape, load_config, load_tokenizer, resolve_device
 from extractor.target.quantised import run_dtype
@@ -60,6 +61,8 @@ class Estimate:
     padding: float
     """share of computed tokens that is padding"""
     free_bytes: int
+    host_bytes: int = 0
+    """of memory that shards take on the host while they are made, beside the target's own and Python's"""
     time: TimeEstimate | None = None
     """None where no rate is known"""
 
@@ -154,6 +157,7 @@ def estimate(options: ExtractOptions, *, tokens_per_second: float | None = None,
         codec_bytes=codec_bytes,
         padding=_padding(plan),
         free_bytes=shutil.disk_usage(_existing(options.out)).free,
+        host_bytes=_buffers(schema, len(plan)) * int(plan.shard_bytes(schema.raw).max()),
         time=seconds,
     )
 
@@ -174,9 +178,13 @@ def describe(result: Estimate) -> str:
             "size of shards",
             f"{size(result.shard_bytes)} with codec {result.codec} ({result.token_bytes:,} B a token{captures})",
         ),
-        ("by codec", ", ".join(f"{name} {_about(name)}{size(value)}" for name, value in result.codec_bytes.items())),
+        *_by_codec(result),
         ("padding", f"{100 * result.padding:.1f} % of the tokens computed; none of it is stored"),
         ("free on the disk", size(result.free_bytes)),
+        (
+            "memory",
+            f"{size(result.host_bytes)} of the host for shards being made, beside target and Python",
+        ),
         *(described(result.time) if result.time else ()),
     ]
     if result.rows is None:
@@ -187,6 +195,21 @@ def describe(result: Estimate) -> str:
         lines.append(("WARNING", f"too big for the disk by {size(result.shard_bytes - result.free_bytes)}"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def _by_codec(result: Estimate) -> list[tuple[str, str]]:
+    """What each other codec would save of what is raw, or cost."""
+    raw, lines = result.codec_bytes["raw"], []
+    for name, num_bytes in result.codec_bytes.items():
+        if name != result.codec:
+            saved = f", saves {100 * (1 - num_bytes / raw):.0f} %" if name != "raw" else ""
+            lines.append((f"--codec {name}", f"{_about(name)}{size(num_bytes)}{saved}"))
+    return lines
+
+
+def _buffers(schema: ShardSchema, shards: int) -> int:
+    """Of a whole shard, in each worker; see run_shards.py."""
+    return min(NUM_BUFFERS, shards) + (NUM_BUFFERS - 1 if schema.has_blocks else 0)
 
 
 def _about(codec: str) -> str:
