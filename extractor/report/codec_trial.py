@@ -58,7 +58,7 @@ def _by_sample(codec: Codec, rows: Tensor, states: States) -> tuple[int, Tensor]
     assert isinstance(codec, BlockCodec)
     bits, decoded = bits_of(rows, states), torch.empty_like(rows)
     shared, out = codec.shared(bits, states), np.empty(codec.most_bytes(len(rows), states), np.uint8)
-    size = codec.encode_sample(bits, shared, out, states, np.zeros((2, states.layers)))
+    size = codec.encode_sample(bits, shared, out, states, np.zeros((len(rows), 2, states.layers)))
     if not codec.lossless:
         codec.decode_sample(out[:size], shared, len(rows), bits_of(decoded, states), states)
     return size, decoded

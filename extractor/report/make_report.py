@@ -252,7 +252,9 @@ def _codec_sizes(manifest: Manifest, trials: Sequence[CodecTrial]) -> list[Codec
     if not trials:
         codec, known = codec_from_dict(manifest.codec), manifest.measured
         ratio = known.ratio if known else codec.expected_ratio
-        trials = [CodecTrial(codec=used, ratio=ratio, snr_db=known.snr_db if known else [], worst_db=[])]
+        # Earlier caches have the mean over all tokens alone.
+        snr_db, worst_db = (known.median_snr_db or known.snr_db, known.worst_snr_db) if known else ([], [])
+        trials = [CodecTrial(codec=used, ratio=ratio, snr_db=snr_db, worst_db=worst_db)]
     return [
         CodecSize(
             codec=trial.codec,

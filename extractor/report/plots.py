@@ -259,8 +259,9 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
 def _log(axes: Axes, values: Sequence[float]) -> None:
     """A logarithmic scale with plain numbers, at 1, 2 and 5 of each power where there are few powers."""
     low, high = _limits(values)
-    axes.set_yscale("log")
+    # First, so that matplotlib does not look for limits in zeros.
     axes.set_ylim(low, high)
+    axes.set_yscale("log")
     many = high / low > 300
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if many else (1.0, 2.0, 5.0), numticks=8))
     axes.yaxis.set_minor_locator(NullLocator())

@@ -213,7 +213,7 @@ class Summing:
             first_channels=_largest_channels(first_sizes, 3),
             top_channels=_largest_channels(sizes, TOP_CHANNELS),
             channel_sizes=np.sort(sizes)[::-1][ranks - 1].tolist(),
-            near_constant=float(near.mean()),
+            near_constant=float(near.mean()) if tokens > 1 else 0.0,
             constant=bool(tokens > 1 and self._constant[layer]),
             largest=float(self._largest[layer]),
             zero_tokens=int(self._zeros[layer]),
