@@ -52,6 +52,14 @@ def count(kind: str) -> int:
     return sum(device.type == kind for device in accelerators())
 
 
+def without_streams(kind: str) -> bool:
+    """Whether ``kind`` is the accelerator of this machine and does what it is told at once, as MPS does."""
+    if not torch.accelerator.is_available():
+        return False
+    here = torch.accelerator.current_accelerator()
+    return here is not None and here.type == kind and not has_streams(here)
+
+
 def has_streams(device: torch.device | None) -> bool:
     """Whether ``device`` works through streams: what it is given returns before it is done."""
     return device is not None and device.type != CPU.type and hasattr(_module(device), "Stream")

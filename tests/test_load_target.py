@@ -179,9 +179,10 @@ def test_the_tokenizer_identity_is_the_same_in_every_process(tiny_target):
 
 def test_devices_and_dtypes():
     assert resolve_device("cpu") == CPU
+    assert resolve_device("cpu:0").type == "cpu"
     assert resolve_dtype("auto", CPU) == "float32"
     assert resolve_dtype("auto", torch.device("cuda")) == "bfloat16"
-    for bad in ("tpu9", "cuda:99"):
+    for bad in ("tpu9", "cuda:99", "mps", "meta", "xpu", "mps:0"):
         with pytest.raises(InputError, match="--device"):
             resolve_device(bad)
     with pytest.raises(InputError, match="--dtype"):

@@ -15,9 +15,11 @@ from pathlib import Path
 import commands
 import pytest
 import torch
+from transformers import Qwen3MoeConfig
 
 from cache_format import FeatureCache, InputError
 from extractor.config import TargetOptions
+from extractor.target.tensor_parallel import require_plan
 
 CAPTURES = ["--capture", "last_hidden_states", "--capture", "logits-topk=3"]
 
@@ -186,3 +188,23 @@ def test_device_map(job, made, cli, tmp_path):
 def test_an_environment_that_says_half_is_told(job, tmp_path):
     code, _, errors = commands.run("extract", *job, "--out", tmp_path / "c", "--tp-plan", "auto", WORLD_SIZE="2")
     assert (code, "RANK and MASTER_ADDR and MASTER_PORT not set" in errors) == (2, True), errors
+
+
+@pytest.mark.parametrize(
+    ("processes", "heads", "way_out"),
+    [
+        (8, (64, 4), "start 2 or 4, or"),
+        (3, (6, 2), "start 2, or"),
+        (2, (7, 7), "start 7, or"),
+        (2, (5, 1), "no number does"),
+    ],
+)
+def test_refused_numbers_of_processes_come_with_those_that_work(monkeypatch, processes, heads, way_out):
+    """The first are Qwen3-235B's heads on the 8 devices of a node."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    config = Qwen3MoeConfig(num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    with pytest.raises(InputError, match=f"{processes} processes do not divide .* {way_out}"):
+        require_plan(config)
+    monkeypatch.setenv("WORLD_SIZE", str(heads[1]))
+    if heads[1] > 1:
+        require_plan(config)

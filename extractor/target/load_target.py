@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache_format.device import CPU, accelerators, count, has_streams, parse, synchronize
+from cache_format.device import CPU, accelerators, count, has_streams, parse, synchronize, without_streams
 from cache_format.errors import InputError
 from extractor.config import TargetOptions
 from extractor.target.adapter import with_adapter
@@ -197,8 +197,10 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         device = parse(name)
     except ValueError as error:
         raise InputError(f"--device {error}, or auto") from None
-    if not has_streams(device):
+    if device.type == CPU.type or without_streams(device.type):
         return device
+    if not has_streams(device):
+        raise InputError(f"--device {name}: this machine has no {device.type.upper()} device; pass auto or cpu")
     here = count(device.type)
     if (device.index or 0) >= here:
         raise InputError(f"--device {name}: this machine has {here} {device.type.upper()} devices")
