@@ -20,9 +20,12 @@ from s3 import objects
 from cache_format import InputError
 from cache_format.layout.shard_layout import shard_name
 from cache_format.storage.store import Store
+from extractor.data import prepare
 from extractor.engine.ray import BARREN_DEATHS
 from extractor.engine.ray_worker import ShardWorker
 from extractor.engine.shard_queue import MAX_TRIES, ShardQueue, WorkerError
+from extractor.job.job import opened
+from extractor.job.worker import Worker
 
 ray = pytest.importorskip("ray", reason="needs pip install 'dflash-cache[ray]'")
 
@@ -167,10 +170,10 @@ def worker_of(job: list[str], tmp_path: Path, **where: object) -> ShardWorker:
 
     pairs = zip(job[::2], job[1::2], strict=True)
     arguments = {name.removeprefix("--").replace("-", "_"): value for name, value in pairs}
-    arguments |= {**where, "capture": []}
+    arguments |= {**where, "capture": [], "data": [arguments["data"]]}
     for name in ("max_length", "limit"):
         arguments[name] = int(arguments[name])
-    return ShardWorker(extract_options(arguments), "one", str(tmp_path), {}, True)
+    return ShardWorker(extract_options(arguments), Worker(job="one", world_size=2), str(tmp_path), {}, True)
 
 
 def test_a_node_that_sees_another_store_begins_no_cache(bucket, job, tmp_path):
@@ -180,6 +183,22 @@ def test_a_node_that_sees_another_store_begins_no_cache(bucket, job, tmp_path):
     worker.close()
     assert Store(bucket).list() == {}
     assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
+
+
+def test_a_worker_that_does_not_plan_prepares_its_share_of_the_samples(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "ROWS_PER_PART", 20)
+    worker = worker_of(job, tmp_path, out=tmp_path / "cache", scratch=None)
+    with opened(worker._options, Worker(job="one")) as planning:
+        planning.begun()
+        worker.help(1)
+        parts = sorted(int(path.stem.removeprefix("samples-")) for path in (tmp_path / "cache/samples").iterdir())
+        assert parts
+        assert parts == list(range(1, 2 * len(parts), 2))
+        planning.run()
+    manifest = (tmp_path / "cache/manifest.json").read_bytes()
+    worker.help(1)
+    assert (tmp_path / "cache/manifest.json").read_bytes() == manifest, "nobody wants it any more"
+    worker.close()
 
 
 def test_a_node_that_sees_another_folder_begins_no_cache(job, tmp_path):
@@ -275,7 +294,8 @@ def test_actors_that_die_one_after_the_other_stop_the_job(quiet_cluster, job, tm
     config["auto_map"] = {"AutoModelForCausalLM": "deadly.Model"}
     (target / "config.json").write_text(json.dumps(config))
     (target / "deadly.py").write_text("import os\nos._exit(9)\nclass Model: ...\n")
-    process = start([*job, "--target", str(target), "--trust-remote-code"], tmp_path / "cache", quiet_cluster)
+    deadly = [*job, "--target", str(target), "--trust-remote-code"]
+    process = start(deadly, tmp_path / "cache", quiet_cluster, "--num-workers", "1")
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 1, errors
     assert f"{BARREN_DEATHS} workers died one after the other" in errors

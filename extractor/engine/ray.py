@@ -1,4 +1,4 @@
-"""A Ray cluster: the driver prepares, plans, hands out shard numbers and seals; an actor a device makes shards.
+"""A Ray cluster: the driver hands out work and seals; an actor a device prepares samples and makes shards.
 
 Actors come and go. One that has no place yet stops no other; one that dies gives its shards back and another is asked
 for in its place, which an autoscaling cluster answers with a new node. All nodes see the data, the target and (unless
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from cache_format.device import RAY_GPUS
 from cache_format.errors import CacheError, InputError, MismatchError
 from cache_format.layout.manifest import Manifest
+from cache_format.layout.samples import PreparedSamples
 from cache_format.writing.upload import scratch_folder
 from extractor.config import ExtractOptions
 from extractor.engine.ray_cluster import (
@@ -28,6 +30,7 @@ from extractor.engine.ray_cluster import (
     environment,
     gpus_of_actor,
     import_ray,
+    nodes,
     require_reachable,
     room,
 )
@@ -90,44 +93,38 @@ def extract_with_ray(options: ExtractOptions, cluster: RayOptions) -> ExtractRep
             destination.require_all_files(manifest)
             say(f"{job.where}: already complete, nothing to do")
             return job.report(manifest, stats)
-        planned = manifest.state != "preparing"
-
-        def begin(manifest: Manifest) -> tuple[Plan, list[int]]:
-            samples = job.prepared(manifest)
-            if not destination.shared and not planned:
-                job.say_prepared(samples)
-            plan = job.plan(manifest, samples)
-            return plan, destination.missing(manifest.schema(), plan, list(range(len(plan))))
-
-        ready, todo = begin(manifest) if planned else None, None
-        if ready is not None:
-            todo = len(ready[1])
-            if destination.shared:
-                job.require_room(manifest, *ready)
-        elif destination.shared:
-            plan = job.plan(manifest, job.prepared(manifest))
-            todo = len(job.require_room(manifest, plan, list(range(len(plan)))))
-        else:
-            # Its scratch folder may be on another node than the driver's.
-            say("the first worker prepares the samples")
-        if todo != 0:
+        ready = None if manifest.state == "preparing" else _planned(job, manifest, job.prepared(manifest))
+        if ready is not None and destination.shared:
+            job.require_room(manifest, *ready)
+        if ready is None or ready[1]:
             own_scratch = options.url is None or options.out != scratch_folder(options.url)
-            arguments = (replace(options, target=target), name, os.getcwd(), environment(), own_scratch)
             with connected(ray, cluster):
                 count = cluster.num_workers or room(ray, gpus)
+                preparing = Worker(job=name, world_size=count, local_size=-(-count // nodes(ray)))
+                arguments = (replace(options, target=target), preparing, os.getcwd(), environment(), own_scratch)
                 kind = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_concurrency=SHARDS_IN_HAND)
                 fleet = _Fleet(ray, lambda: kind(ShardWorker).remote(*arguments), count, gpus, destination)
-
-                def begin_anew() -> tuple[Plan, list[int]]:
-                    destination.begin()
-                    return begin(Manifest.read(job.folder))
-
                 try:
-                    stats = fleet.make(begin_anew, ready, at_most=count if todo is None else todo)
+                    stats = fleet.make(lambda: _begun(job), ready)
                 except BaseException:
                     _await_end_of_workers(destination, SECONDS_TO_LEAVE)
                     raise
         return job.report(_sealed(destination), stats)
+
+
+def _planned(job: Job, manifest: Manifest, samples: PreparedSamples) -> tuple[Plan, list[int]]:
+    """The plan, and the shards that are missing."""
+    plan = job.plan(manifest, samples)
+    return plan, job.destination.missing(manifest.schema(), plan, list(range(len(plan))))
+
+
+def _begun(job: Job) -> tuple[Plan, list[int]]:
+    """As :func:`_planned`, of a cache that an actor has just planned."""
+    job.destination.begin()
+    manifest = Manifest.read(job.folder)
+    samples = job.prepared(manifest)
+    job.say_prepared(samples)
+    return _planned(job, manifest, samples)
 
 
 @contextmanager
@@ -142,10 +139,11 @@ def _opened(options: ExtractOptions, worker: Worker) -> Iterator[Job]:
 
 @dataclass(eq=False)
 class _Seat:
-    """An actor's place in the job: pending, placed, opening or working, from one actor to the next."""
+    """An actor's place in the job: pending, placed, preparing, opening or working, from one actor to the next."""
 
     actor: Any
     state: str = "pending"
+    has_helped: bool = False
     numbers: set[int] = field(default_factory=set)
     stats: RunStats = field(default_factory=RunStats)
 
@@ -156,25 +154,24 @@ class _Fleet:
     def __init__(self, ray: Any, start: Callable[[], Any], count: int, gpus: int, destination: Destination):
         self._ray, self._start, self._count, self._gpus, self._destination = ray, start, count, gpus, destination
         self._seats: list[_Seat] = []
-        self._calls: dict[Any, tuple[_Seat, str, int]] = {}
+        self._calls: dict[Any, tuple[_Seat, str, int | None]] = {}
         self._queue: ShardQueue | None = None
         self._gone: list[RunStats] = []
+        self._ranks = cycle(range(1, count)) if count > 1 else cycle([0])
         self._barren, self._said = 0, time.monotonic()
 
-    def make(
-        self, begin: Callable[[], tuple[Plan, list[int]]], ready: tuple[Plan, list[int]] | None, *, at_most: int
-    ) -> RunStats:
-        """Make all missing shards with at most so many actors.
+    def make(self, begin: Callable[[], tuple[Plan, list[int]]], ready: tuple[Plan, list[int]] | None) -> RunStats:
+        """Make all missing shards.
 
         The plan and the shards that are missing are ``ready``, or ``begin`` gives them once the first actor has planned
-        the cache.
+        the cache, whose samples the others prepare with it.
         """
         self._how_to_begin, began = begin, time.monotonic()
         with Reporter("extract", None, "tokens") as self._reporter:
             if ready is not None:
                 self._take_over(*ready)
             try:
-                for _ in range(min(self._count, at_most)):
+                for _ in range(self._count if ready is None else min(self._count, len(ready[1]))):
                     self._seats.append(self._seat())
                 while self._queue is None or self._queue:
                     self._destination.allowed()
@@ -201,8 +198,8 @@ class _Fleet:
         self._call(seat, "hello")
         return seat
 
-    def _call(self, seat: _Seat, what: str, number: int = -1) -> None:
-        arguments = (number,) if what == "make" else ()
+    def _call(self, seat: _Seat, what: str, number: int | None = None) -> None:
+        arguments = () if number is None else (number,)
         self._calls[getattr(seat.actor, what).remote(*arguments)] = (seat, what, number)
 
     def _hand_out(self) -> None:
@@ -211,6 +208,9 @@ class _Fleet:
             if seat.state == "placed" and (self._queue is not None or first):
                 seat.state = "opening"
                 self._call(seat, "open")
+            elif seat.state == "placed" and not seat.has_helped:
+                seat.state, seat.has_helped = "preparing", True
+                self._call(seat, "help", next(self._ranks))
             while self._queue is not None and seat.state == "working" and len(seat.numbers) < SHARDS_IN_HAND:
                 number = self._queue.take()
                 if number is None:
@@ -229,13 +229,14 @@ class _Fleet:
         except self._ray.exceptions.RayError as error:
             self._replace(seat, str(error).strip().splitlines()[0])
         else:
-            if what == "hello":
+            if what in ("hello", "help"):
                 seat.state = "placed"
             elif what == "open":
                 seat.state = "working"
                 if self._queue is None:
                     self._take_over(*self._how_to_begin())
             elif self._queue is not None:
+                assert number is not None
                 self._barren = 0
                 seat.numbers.remove(number)
                 self._queue.made(number)
@@ -265,7 +266,7 @@ class _Fleet:
 
     def _close(self) -> None:
         """Let living actors give back their locks and scratch folders; a dead one's lock goes with it."""
-        calls = [seat.actor.close.remote() for seat in self._seats if seat.state in ("opening", "working")]
+        calls = [seat.actor.close.remote() for seat in self._seats if seat.state != "pending"]
         for call in calls:
             with suppress(self._ray.exceptions.RayError):
                 self._ray.get(call, timeout=PATIENCE_SECONDS)

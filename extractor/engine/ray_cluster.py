@@ -121,4 +121,9 @@ def room(ray: Any, gpus: int) -> int:
     """Actors that the cluster has room for as it is now; at least one, whose node may yet come."""
     if gpus:
         return max(1, int(ray.cluster_resources().get("GPU", 0)) // gpus)
+    return nodes(ray)
+
+
+def nodes(ray: Any) -> int:
+    """Nodes of the cluster as it is now that an actor may be on; at least one."""
     return max(1, sum(node["Alive"] and node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes()))

@@ -20,19 +20,26 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from extractor.config import ExtractOptions
     from extractor.job.destination import Destination
+    from extractor.job.job import Job
     from extractor.job.run_shards import RunStats
+    from extractor.job.worker import Worker
 
 
 class ShardWorker:
     """The actor's class. ``make`` may be called from two threads: one shard is computed while one is written."""
 
     def __init__(
-        self, options: ExtractOptions, job: str, folder: str, environment: Mapping[str, str], own_scratch: bool
+        self,
+        options: ExtractOptions,
+        preparing: Worker,
+        folder: str,
+        environment: Mapping[str, str],
+        own_scratch: bool,
     ):
         """
         Args:
             options: of the extraction.
-            job: names the lock that the workers share.
+            preparing: the one that leads, of those that prepare the samples; its job names the lock that they share.
             folder: relative paths count from it, as on the driver.
             environment: variables to set.
             own_scratch: whether ``options.out`` is a scratch folder that the user named, and not the driver's default.
@@ -40,37 +47,51 @@ class ShardWorker:
         with suppress(OSError):
             os.chdir(folder)
         os.environ.update(environment)
-        self._options, self._job, self._own_scratch = options, job, own_scratch
+        self._options, self._preparing, self._own_scratch = options, preparing, own_scratch
         self._held = ExitStack()
+        self._where: Destination | None = None
         self._computing, self._counting = threading.Lock(), threading.Lock()
 
     def hello(self) -> str:
         """Where this worker runs; answered as soon as it has a place."""
         return f"process {os.getpid()} on {socket.gethostname()}"
 
+    def help(self, rank: int) -> None:
+        """Prepare a share of the samples beside the worker that plans the cache.
+
+        Raises:
+            DFlashCacheError: this node's files are not those of the cache.
+        """
+        self._new_job(rank).prepare_share()
+
     def open(self) -> None:
-        """Load the target. In a cache that is not planned yet, plan it: one worker at a time may do that.
+        """Load the target. In a cache that is not planned yet, prepare and plan it: one worker at a time may do that.
 
         Raises:
             DFlashCacheError: this node's files are not those of the cache, or as ``extractor.job.job.extract``.
         """
-        from extractor.job.job import Job
         from extractor.job.run_shards import RunStats
-        from extractor.job.worker import Worker
 
-        worker = Worker(job=self._job)
-        job = Job(self._options, self._destination(), worker)
+        job = self._new_job()
         manifest = job.begun()
         samples = job.prepared(manifest)
         plan = job.plan(manifest, samples)
-        if not job.destination.shared:
+        if not job.destination.shared or manifest.state == "preparing":
             job.require_room(manifest, plan, list(range(len(plan))))
         manifest, plan, backend = job.loaded(manifest, samples, plan)
         runner = job.runner(manifest, plan, samples, backend)
         self._making = self._held.enter_context(runner.begin(list(range(len(plan))), job.watched()))
         self._opened, self._done = time.monotonic(), RunStats()
 
-    def _destination(self) -> Destination:
+    def _new_job(self, rank: int = 0) -> Job:
+        from extractor.job.job import Job
+
+        if self._where is None:
+            self._where = self._held_destination()
+        worker = replace(self._preparing, rank=rank)
+        return Job(self._options, self._where, worker, self._where.manifest())
+
+    def _held_destination(self) -> Destination:
         """Where the cache goes, held until :meth:`close`.
 
         A folder's lock is shared by all workers. At a URL, which the driver has leased, each worker of a node has a
@@ -83,7 +104,7 @@ class ShardWorker:
 
         url, host = self._options.url, socket.gethostname()
         if url is None:
-            in_folder = FolderDestination(self._options.out, self._job)
+            in_folder = FolderDestination(self._options.out, self._preparing.job)
             if in_folder.manifest() is None:
                 raise InputError(
                     f"{in_folder.where}: the node {host} does not see what the driver has put there; is it a folder "

@@ -62,6 +62,14 @@ def await_plan(destination: Destination, rank: int, prepare_share: Callable[[Man
         time.sleep(destination.poll_seconds)
 
 
+def help_prepare(destination: Destination, prepare_share: Callable[[Manifest], None]) -> None:
+    """Help a worker that leads elsewhere, if it prepares; what it has not made by then, that one makes."""
+    manifest = destination.manifest()
+    if _is_preparing(manifest):
+        assert manifest is not None
+        _help(destination, manifest, prepare_share)
+
+
 def _help(destination: Destination, manifest: Manifest, prepare_share: Callable[[Manifest], None]) -> None:
     try:
         prepare_share(manifest)

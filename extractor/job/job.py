@@ -33,7 +33,7 @@ from extractor.data.prepare import form_of_source, prepare
 from extractor.job.append import require_same_job
 from extractor.job.calibrate import calibration_rows
 from extractor.job.destination import Destination
-from extractor.job.divided_preparation import await_plan, division_of
+from extractor.job.divided_preparation import await_plan, division_of, help_prepare
 from extractor.job.folder_destination import FolderDestination
 from extractor.job.identity import compare_hardware, inputs_identity, samples_identity, software, template_date
 from extractor.job.kept_window import begin_window, run_window
@@ -419,6 +419,10 @@ class Job:
             progress=progress,
             division=division_of(self.worker, self.destination),
         )
+
+    def prepare_share(self) -> None:
+        """Of a worker that does not lead and will not wait: what it can of the samples, while they are prepared."""
+        help_prepare(self.destination, self._prepare_share)
 
     def _prepare_share(self, manifest: Manifest) -> None:
         """Of a worker that does not lead; what is wrong with the rows, the leading one meets too, and says."""
