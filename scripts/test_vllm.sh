@@ -61,7 +61,11 @@ latent() { same latent mla 5,1,2; }
 divided() {
     export VLLM_CPU_OMP_THREADS_BIND="0|1"
     same tensor-parallel moe 5,1,2 --tensor-parallel 2
-    same expert-parallel moe 5,1,2 --tensor-parallel 2 --expert-parallel
+    if extract whole-experts moe 5,1,2 --backend vllm --tensor-parallel 2 --expert-parallel >whole-experts.txt; then
+        echo "whole experts were run by a kernel that does not know of them"
+        return 1
+    fi
+    grep 'beyond those that it has' whole-experts.txt
     unset VLLM_CPU_OMP_THREADS_BIND
 }
 

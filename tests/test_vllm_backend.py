@@ -255,6 +255,13 @@ def test_options_that_do_not_go_together(cli, arguments, tmp_path, options, said
     assert not (tmp_path / "c").exists()
 
 
+def test_whole_experts_on_a_cpu_are_refused(cli, arguments, faults, tmp_path):
+    code, _, err = cli(*arguments, *VLLM, "--tensor-parallel", "2", "--expert-parallel", "--out", tmp_path / "c")
+    assert code == 2
+    assert "--expert-parallel: vLLM's kernel of experts for CPUs" in err
+    assert not faults.arguments
+
+
 def test_vllm_is_not_installed(cli, arguments, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
     code, _, err = cli(*arguments, *VLLM, "--out", tmp_path / "c")

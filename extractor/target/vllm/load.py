@@ -199,6 +199,11 @@ def _start(wanted: _Wanted, config: Any, shape: TargetShape) -> tuple[Any, Any]:
     target, kind = wanted.target, current_platform.device_type
     if has_streams(wanted.device) != (kind != "cpu"):
         raise InputError(f"--device {wanted.device}: the vLLM that is installed here runs on {kind}")
+    if kind == "cpu" and target.expert_parallel:
+        raise InputError(
+            "--expert-parallel: vLLM's kernel of experts for CPUs (0.32) takes all of them for its own and reads "
+            "beyond those that it has; leave it out, --tensor-parallel divides each expert"
+        )
     num_layers = wanted.num_layers or shape.num_hidden_layers
     arguments: dict[str, Any] = {
         "model": target.name,
