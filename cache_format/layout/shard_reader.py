@@ -121,6 +121,13 @@ class ShardFile:
         """Whether it is a file on this machine, where a small read costs little."""
         return isinstance(self.source, LocalFile)
 
+    def rows_there(self, name: str, start: int, stop: int) -> np.ndarray | None:
+        """Rows of a per-token tensor, uint8 ``[rows, bytes]``, where they can be had without a copy; else None."""
+        if not isinstance(self.source, LocalFile):
+            return None
+        found = self.source.there(*self.row_range(name, start, stop))
+        return None if found is None else found.reshape(stop - start, -1)
+
     def read_rows(self, name: str, start: int, out: np.ndarray, columns: Sequence[slice] | None = None) -> None:
         """Read rows of a per-token tensor from row ``start`` on into ``out`` (uint8 ``[rows, bytes]``, contiguous).
 

