@@ -110,7 +110,9 @@ def _follow(processes: dict[Connection, BaseProcess]) -> ExtractReport:
                     continue
                 if what == "error":
                     raise value
-                if what == "todo":
+                if what == "said":
+                    say(value)
+                elif what == "todo":
                     begun.add(pipe)
                     todo, shares[pipe] = todo + value, value
                     reporter.total = todo
@@ -145,7 +147,13 @@ def _stop(processes: list[BaseProcess]) -> None:
 
 def _work(options: ExtractOptions, worker: Worker, told: Voice, pipe: Connection) -> None:
     """A worker process: one extraction's share, its progress and its end sent through ``pipe``."""
-    speak(told)
+    sending = threading.Lock()
+
+    def send(what: str, value: object) -> None:
+        with sending:
+            pipe.send((what, value))
+
+    speak(told, lambda text: send("said", text))
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     sent = 0.0
 
@@ -153,17 +161,17 @@ def _work(options: ExtractOptions, worker: Worker, told: Voice, pipe: Connection
         nonlocal sent
         if time.monotonic() - sent > _REPORT_EVERY_SECONDS:
             sent = time.monotonic()
-            pipe.send(("stats", stats))
+            send("stats", stats)
 
     try:
         with stoppable(f"worker {worker.rank} left"):
-            done = extract(options, worker, on_todo=lambda tokens: pipe.send(("todo", tokens)), on_stats=report)
-            pipe.send(("done", done))
+            done = extract(options, worker, on_todo=lambda tokens: send("todo", tokens), on_stats=report)
+            send("done", done)
     except Stopped as stop:
         os._exit(stop.exit_code)
     except DFlashCacheError as error:
         say(f"worker {worker.rank}: stopped by an error")
-        pipe.send(("error", error))
+        send("error", error)
 
 
 def _leave_with_parent() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,13 @@ class Voice:
 
 
 _voice = Voice()
+_through: Callable[[str], None] | None = None
 
 
-def speak(voice: Voice) -> None:
-    """From now on, as ``voice`` says."""
-    global _voice
-    _voice = voice
+def speak(voice: Voice, through: Callable[[str], None] | None = None) -> None:
+    """From now on, as ``voice`` says; a worker ``through`` its parent, whose bars it would write into."""
+    global _voice, _through
+    _voice, _through = voice, through
 
 
 def voice() -> Voice:
@@ -54,6 +56,10 @@ def voice() -> Voice:
 
 def say(text: str) -> None:
     """One line for the person at the terminal or in the log; a full log stops no work."""
+    if _through is not None:
+        with suppress(OSError):
+            _through(text)
+            return
     if not _voice.quiet or text.startswith(("error:", "warning:")):
         with suppress(OSError):
             print(printable(text), file=sys.stderr, flush=True)
