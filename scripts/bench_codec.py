@@ -1,6 +1,7 @@
 """What does each codec save, cost and change?
 
     python scripts/bench_codec.py --out .codecs      # keeps the trained target there; a second run uses it again
+    python scripts/bench_codec.py --out .codecs --states CACHE --target TARGET     # on a real LLM: codec_fidelity.py
 
 Part 1, one core: torch is held to one thread, and what is counted is processor time, so that other work on the machine
 counts little. Median of the rounds, codecs taking turns in each; `copy` is a memcpy of the states, the physical limit:
@@ -30,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import zstandard
+from codec_fidelity import fidelity, write
 from prove_offline import acceptance, extract, held_out_prompts, offline, orders, prepare_target
 from train_draft import Trainer, TrainOptions, config_for, new_draft, train
 
@@ -197,6 +199,10 @@ def train_and_decode(args: argparse.Namespace, caches: dict[str, FeatureCache]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the trained target and the caches")
+    parser.add_argument("--states", type=Path, help="a raw cache of real states; then this part alone")
+    parser.add_argument("--target", type=Path, help="the target that it was extracted from")
+    parser.add_argument("--samples", type=int, default=60, help="of that cache, for size, SNR and speed")
+    parser.add_argument("--asked", type=int, default=4, help="of that cache, for the KL divergence")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=600, help="of the synthetic states, 5 x 4,096 features each")
     parser.add_argument("--seeds", type=int, default=3, help="drafts trained from each cache; 0: part 1 alone")
@@ -207,6 +213,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=48)
     args = parser.parse_args()
 
+    if args.states is not None:
+        torch.set_num_threads(1)
+        cache = FeatureCache.open(args.states)
+        found = fidelity(cache, args.target, args.samples, args.asked, args.rounds)
+        write(found, cache.target_layer_ids, args.out)
+        return
     prepare_target(args)
     caches = {"raw": extract(args, "cache-raw", "--dtype", "bfloat16")}
     for codec in CODECS:

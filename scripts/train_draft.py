@@ -72,13 +72,17 @@ class Curve:
 
 
 def new_draft(config: DraftConfig, seed: int, norm: Tensor | None = None) -> Draft:
-    """A draft with random weights that depend on the seed alone; its last norm begins as the target's, ``norm [H]``,
-    if that is known: the LM head is made for what comes out of it."""
+    """A draft with random weights that depend on the seed alone; its last norm begins as a tenth of the target's,
+    ``norm [H]``, if that is known.
+
+    At first the embedding of MASK is most of what comes out, and with tied embeddings the LM head is sure of it. On
+    SmolLM2-135M an untrained draft's loss is 10.3 nats so (chance: 10.8), 22 with a norm of ones, 39 with the target's.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         draft = Draft(config)
     if norm is not None:
-        draft.norm.weight.data.copy_(norm)
+        draft.norm.weight.data.copy_(0.1 * norm)
     return draft
 
 
