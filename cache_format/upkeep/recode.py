@@ -64,7 +64,11 @@ class RecodeReport:
     ratio: float
     """of what stands for hidden_states, to its bytes with the raw codec"""
     snr_db: list[float]
-    """of each captured layer; empty with a lossless codec"""
+    """of each captured layer over all tokens together; empty with a lossless codec"""
+    median_snr_db: list[float]
+    """the same of the median token"""
+    worst_snr_db: list[float]
+    """the same of the worst token"""
 
 
 def recode(
@@ -125,6 +129,8 @@ def report(where: str, sealed: Manifest, made: int, before: Sequence[int], after
         bytes=sum(after),
         ratio=sealed.measured.ratio,
         snr_db=sealed.measured.snr_db,
+        median_snr_db=sealed.measured.median_snr_db,
+        worst_snr_db=sealed.measured.worst_snr_db,
     )
 
 

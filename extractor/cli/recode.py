@@ -79,5 +79,6 @@ def recode(
         return
     say(f"{out}: complete, {report.shards:,} shards made, {report.done_shards:,} were there")
     say(f"{size(report.bytes_before)} -> {size(report.bytes)}; states {100 * report.ratio:.1f} % of raw")
-    if report.snr_db:
-        say(f"SNR by layer: {', '.join(f'{snr:.1f} dB' for snr in report.snr_db)}")
+    if report.median_snr_db:
+        pairs = zip(report.median_snr_db, report.worst_snr_db, strict=True)
+        say(f"SNR by layer, median and worst token: {', '.join(f'{median} and {worst} dB' for median, worst in pairs)}")
