@@ -95,6 +95,16 @@ def test_a_scratch_folder_is_looked_at_first(cli, small_job, tmp_path, outside, 
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+def test_too_little_memory_is_told_without_a_traceback(made, cli, monkeypatch, error):
+    def fails(_cache):
+        raise error
+
+    monkeypatch.setattr("extractor.job.inspect.summarise", fails)
+    code, _, err = cli("inspect", made)
+    assert (code, "not enough memory" in err, "Traceback" in err) == (1, True, False), err
+
+
 def test_a_repair_leaves_what_is_no_cache(cli, tmp_path):
     """Exports and others have a manifest.json too."""
     for text in ('{"shard_size": 7}', "{", '{"format": "dflash-cache-export"}'):

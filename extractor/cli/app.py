@@ -97,6 +97,18 @@ def main() -> None:
         where = error.filename or ""
         say(f"error: {StorageError(where, 'go on', error) if where else error}")
         sys.exit(EXIT_COULD_NOT_START if _is_a_wrong_name(error) else EXIT_FAILED)
+    except (MemoryError, RuntimeError) as error:
+        if debug or not _is_out_of_memory(error):
+            raise
+        say(
+            f"error: not enough memory (ulimit -v, or the container's limit), or no more threads (ulimit -u); {to_go_on}"
+        )
+        sys.exit(EXIT_FAILED)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of the host; a device that is full says so itself."""
+    return isinstance(error, MemoryError) or "can't start new thread" in str(error)
 
 
 def _is_a_wrong_name(error: Exception) -> bool:
