@@ -356,7 +356,7 @@ def test_a_repair_that_is_refused_at_any_operation_can_be_run_again(cli, small_j
         return code, err, disk
 
     code, err, clean = repaired(damaged("clean"))
-    assert (code, "run the extract command" in err) == (1, True)
+    assert (code, "now run this again" in err) == (1, True), err
     for start in range(len(clean.done)):
         out = damaged(str(start))
         _, err, disk = repaired(out, Fault(start, number, SPARED.get(number, ())))

@@ -205,7 +205,7 @@ def test_an_unfinished_cache_is_one_line(made, cli, tmp_path):
     replace(manifest, state="extracting", files=files, measured=None).write(cache)
     code, out, _ = cli("verify", cache)
     assert code == 1
-    assert f"unfinished: 2 of {len(shards)} shards; run the cache's `dflash-cache extract` command again" in out
+    assert f"unfinished: 2 of {len(shards)} shards; run its command again: cd " in out
     assert "repair" not in out
     code, out, _ = cli("verify", cache, "--json")
     report = json.loads(out)

@@ -271,7 +271,7 @@ def test_weights_that_change_while_samples_are_prepared_are_refused(target, job,
 
 def test_weights_that_are_written_to_while_they_are_used_end_the_job(target, job, cli, tmp_path, monkeypatch):
     """On the CPU they are mapped into memory: the target that runs changes with the file."""
-    forward = extractor.job.run_shards.ShardRunner._forward
+    forward = extractor.job.run_shards.ShardRunner.forward
     done = []
 
     def and_then(*arguments):
@@ -280,7 +280,7 @@ def test_weights_that_are_written_to_while_they_are_used_end_the_job(target, job
         if len(done) == 2:
             add_one(target / "model.safetensors")
 
-    monkeypatch.setattr(extractor.job.run_shards.ShardRunner, "_forward", and_then)
+    monkeypatch.setattr(extractor.job.run_shards.ShardRunner, "forward", and_then)
     code, _, err = cli(*job, "--out", tmp_path / "c")
     assert (code, "model.safetensors was changed" in err) == (2, True), err
     assert len(list((tmp_path / "c" / "shards").glob("*.safetensors"))) < 3

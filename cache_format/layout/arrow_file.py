@@ -8,6 +8,7 @@ they say themselves how much memory they want.
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import struct
 from pathlib import Path
@@ -43,10 +44,10 @@ def read_batch(path: Path, schema: pa.Schema) -> tuple[pa.RecordBatch, dict[byte
         CacheError: missing, damaged, compressed, with nulls, or of another schema.
         StorageError: the operating system refused.
     """
-    os.close(open_for_reading(path))
+    # Opened once: a file that is moved away meanwhile is missing or whole, never half of each.
+    descriptor = open_for_reading(path)
     try:
-        # A private map: pyarrow's own keeps no check against a file that shrinks between two calls either.
-        data = pa.memory_map(str(path)).read_buffer()
+        data = pa.py_buffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
         if data.slice(0, len(_MAGIC)).to_pybytes() != _MAGIC:
             raise CacheError(path, "is not an Arrow file")
         messages = pa.ipc.MessageReader.open_stream(data.slice(len(_MAGIC)))
@@ -67,6 +68,8 @@ def read_batch(path: Path, schema: pa.Schema) -> tuple[pa.RecordBatch, dict[byte
         raise StorageError(path, "read", error) from error
     except (pa.ArrowException, struct.error, ValueError, EOFError, MemoryError) as error:
         raise CacheError(path, f"is damaged: {error}") from None
+    finally:
+        os.close(descriptor)
     if any(column.null_count for column in batch.columns):
         raise CacheError(path, "is damaged: it has nulls")
     return batch, dict(found.metadata or {})

@@ -100,9 +100,8 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if debug or not _is_out_of_memory(error):
             raise
-        say(
-            f"error: not enough memory (ulimit -v, or the container's limit), or no more threads (ulimit -u); {to_go_on}"
-        )
+        lacks = "not enough memory (ulimit -v, or the container's limit), or no more threads (ulimit -u)"
+        say(f"error: {lacks}; {to_go_on}")
         sys.exit(EXIT_FAILED)
 
 
