@@ -22,6 +22,7 @@ PRELOADED = [
 ]
 _MARK = "DFLASH_TEST_COMMAND"
 _running: set[Command] = set()
+outputs = tempfile.TemporaryDirectory(prefix="dflash-cache-tests-")
 
 
 class Command:
@@ -34,7 +35,7 @@ class Command:
         before: Callable[[], None] | None = None,
     ):
         """``before``: a function of a test module, called in the process before the command."""
-        self._folder = Path(tempfile.mkdtemp(prefix="command-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="command-", dir=outputs.name))
         self.stdout, self.stderr = self._folder / "stdout", self._folder / "stderr"
         self.stdout.touch()
         self.stderr.touch()

@@ -52,6 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
+def pytest_sessionfinish() -> None:
+    # Not left to the end of the process: those of xdist end without it.
+    for folder in (_datasets_cache, commands.outputs):
+        folder.cleanup()
+
+
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
     """``once(name, make)``: what ``make`` puts at a path, made once for all processes that the suite runs in."""

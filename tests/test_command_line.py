@@ -6,10 +6,12 @@ import json
 import os
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import commands
 import pytest
+import yaml
 from jobs import contents, on
 
 from cache_format.layout.manifest import Manifest
@@ -51,6 +53,43 @@ def test_it_can_be_run_again_from_anywhere(small_job, tmp_path, cli, monkeypatch
     shard = moved / "shards" / "shard-00001.safetensors"
     shard.unlink()
     assert f"(with {moved} in place of the OUT of then)" in cli("repair", moved, "--yes")[2]
+
+
+def test_it_can_be_printed_as_a_file_for_config(small_job, tmp_path, cli, monkeypatch):
+    """What a file said and what the command line said, together; the same bytes come of it in another folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copy(small_job[small_job.index("--data") + 1], "train it.jsonl")
+    job = on(small_job, "train it.jsonl")
+    at = job.index("--target")
+    Path("run.yaml").write_text(f"target: {job[at + 1]}\nlimit: 1000\nsystem-prompt: 'token: abc: é'\n")
+    given = [*job[:at], *job[at + 2 :], "--config", "run.yaml", "--data", "train it.jsonl:0.5"]
+    assert cli(*given, "--out", "../cache")[0] == 0
+    cache = tmp_path / "cache"
+    printed = cli("inspect", cache, "--print-config")[1]
+    config = yaml.safe_load(printed)
+    assert printed.startswith("# dflash-cache extract --config THIS_FILE\n# *** stands for")
+    assert config["data"] == [str(tmp_path / "here" / "train it.jsonl"), f"{tmp_path / 'here' / 'train it.jsonl'}:0.5"]
+    assert config["out"] == str(cache)
+    assert "config" not in config
+
+    (tmp_path / "printed.yaml").write_text(printed.replace("***", "abc:"))
+    monkeypatch.chdir("/")
+    code, _, errors = cli("extract", "--config", tmp_path / "printed.yaml", "--out", tmp_path / "again")
+    assert code == 0, errors
+    once, again = contents(cache), contents(tmp_path / "again")
+    # The manifest names its sources as they were given.
+    assert {name: again[name] for name in set(again) - {"manifest.json"}} == {
+        name: once[name] for name in set(once) - {"manifest.json"}
+    }
+    assert Manifest.read(tmp_path / "again").fingerprint == Manifest.read(cache).fingerprint
+
+
+def test_a_cache_of_no_command_says_that_it_cannot_be_printed(made, tmp_path, cli):
+    cache = shutil.copytree(made, tmp_path / "cache")
+    replace(Manifest.read(cache), command=None).write(cache)
+    code, _, errors = cli("inspect", cache, "--print-config")
+    assert (code, "does not have the options by name" in errors) == (2, True)
 
 
 def test_another_spelling_resumes_and_the_first_is_kept(small_job, tmp_path, cli):

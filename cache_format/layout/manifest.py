@@ -149,6 +149,8 @@ class CommandLine:
     """the working folder, from which relative paths count"""
     paths: dict[str, str]
     """each argument that is a path, as given -> absolute"""
+    options: dict[str, Any] = field(default_factory=dict, metadata=LATER)
+    """option without its dashes -> what the command line or --config gave: text, a list of texts, or true and false"""
 
     def shell(self) -> str:
         """To be run again from anywhere, as a shell takes it."""

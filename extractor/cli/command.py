@@ -10,7 +10,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.models import ArgumentInfo
 
-from extractor.cli.config_file import read_config
+from extractor.cli.command_line import given_options
+from extractor.cli.config_file import by_option, read_config
 from extractor.cli.help import print_help, print_overview
 from extractor.cli.shown import shown
 
@@ -28,8 +29,13 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As typer does; who leaves out a value is told what there is to choose."""
+        given = list(args)
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
+            on_the_line, _, _ = self.make_parser(ctx).parse_args(given)
+            together = {**(ctx.default_map or {}), **on_the_line}
+            given_options.set(by_option(together, self.parameters()))
+            return rest
         except Exception as error:
             name = getattr(error, "option_name", None)
             for one in map(shown, self.parameters()):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from cache_format.errors import InputError
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from cache_format.layout.manifest import CommandLine
 
 LEFT_OUT = "***"
+
+Given = str | list[str] | bool
+
+given_options: ContextVar[Mapping[str, Given]] = ContextVar("given_options", default={})  # noqa: B039
+"""Of the command that runs, by name without dashes: what the command line and --config say together."""
 
 _SECRETS = (
     # user:password@ and ?query of a URL
@@ -55,18 +61,32 @@ def this_command(arguments: Sequence[str] | None = None) -> CommandLine:
     """
     from cache_format.layout.manifest import CommandLine
 
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    for argument in given:
+    given, options = (sys.argv[1:], given_options.get()) if arguments is None else (list(arguments), {})
+    named = [text for name, value in options.items() for one in texts(value) for text in (f"--{name}", one)]
+    for argument in [*given, *named]:
         try:
             argument.encode()
         except UnicodeEncodeError:
             raise InputError(f"{argument!r}: is not UTF-8; give the file or folder another name") from None
-    paths = {name: os.path.abspath(os.path.expanduser(name)) for name in _paths(given)}
+    paths = {name: os.path.abspath(os.path.expanduser(name)) for name in [*_paths(given), *_paths(named)]}
     return CommandLine(
         arguments=[without_secrets(argument) for argument in given],
         folder=os.getcwd(),
         paths={name: path for name, path in paths.items() if name == without_secrets(name)},
+        options={name: each_text(without_secrets, value) for name, value in options.items()},
     )
+
+
+def texts(value: Given) -> list[str]:
+    """Of one option; none where it is a switch."""
+    return value if isinstance(value, list) else [value] if isinstance(value, str) else []
+
+
+def each_text(change: Callable[[str], str], value: Given) -> Given:
+    """``value`` with its texts changed."""
+    if isinstance(value, list):
+        return [change(text) for text in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _paths(arguments: Sequence[str]) -> list[str]:

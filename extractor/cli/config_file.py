@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from inspect import Parameter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cache_format.errors import InputError
+from extractor.cli.command_line import LEFT_OUT, Given, each_text, texts
 from extractor.cli.shown import Shown, shown
+
+if TYPE_CHECKING:
+    from cache_format.layout.manifest import CommandLine
 
 JOINED = ("target-layers", "layers", "devices", "columns")
 """Options with several values in one text, with commas between: a list, or a mapping for ``a=b``, reads better here."""
@@ -54,6 +58,39 @@ def read_config(path: Path, parameters: Iterable[Parameter], others: Iterable[Pa
         found[name] = _value(value, one, key, where)
     names = {name for name, _ in own.values()}
     return {name: value for name, value in found.items() if name in names}
+
+
+def by_option(values: Mapping[str, Any], parameters: Iterable[Parameter]) -> dict[str, Given]:
+    """What was given for a command's ``parameters``, by the names that :func:`read_config` takes."""
+    keys = {name: key for key, (name, _) in _by_key(parameters).items()}
+    return {
+        keys[name]: value for name, value in values.items() if name in keys and isinstance(value, str | list | bool)
+    }
+
+
+def as_config(cache: str, command: CommandLine | None) -> str:
+    """YAML that ``--config`` takes, of what was given to the command that made a cache; paths are absolute.
+
+    Raises:
+        InputError: the manifest does not have it: the cache was begun without a command, or by an earlier version.
+    """
+    import yaml
+
+    if command is None or not command.options:
+        raise InputError(
+            f"{cache}: its manifest does not have the options by name; `inspect` shows the command, if any"
+        )
+
+    def absolute(text: str) -> str:
+        path = next((path for path in command.paths if text == path or text.startswith(f"{path}:")), "")
+        return command.paths[path] + text[len(path) :] if path else text
+
+    values = {key: each_text(absolute, value) for key, value in command.options.items()}
+    values = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in values.items()}
+    lines = [f"# dflash-cache {command.arguments[0]} --config THIS_FILE"]
+    if any(LEFT_OUT in text for value in values.values() for text in texts(value)):
+        lines.append(f"# {LEFT_OUT} stands for what may be a secret: write it in.")
+    return "\n".join([*lines, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10**6).rstrip()])
 
 
 def _by_key(parameters: Iterable[Parameter]) -> dict[str, tuple[str, Shown]]:
