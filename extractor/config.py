@@ -99,7 +99,7 @@ class TargetOptions:
     pipeline_parallel: int = 1
     """vllm: stages that the layers are divided into"""
     expert_parallel: bool = False
-    """vllm: whole experts on each of those devices, instead of a part of each"""
+    """whole experts on each device that layers are divided over, instead of a part of each"""
     target_layer_ids: tuple[int, ...] | None = None
     num_draft_layers: int = 5
     """used where target_layer_ids is None: the published DFlash default for that many layers"""
@@ -130,8 +130,13 @@ class TargetOptions:
             given["experts_implementation"] = self.experts_implementation
             for name in (name for name, value in given.items() if value):
                 raise InputError(f"--{name.replace('_', '-')} is for --backend transformers; {_VLLM_INSTEAD[name]}")
-        elif (self.tensor_parallel, self.pipeline_parallel, self.expert_parallel) != (1, 1, False):
-            raise InputError("--tensor-parallel, --pipeline-parallel and --expert-parallel are for --backend vllm")
+        elif (self.tensor_parallel, self.pipeline_parallel) != (1, 1):
+            raise InputError("--tensor-parallel and --pipeline-parallel are for --backend vllm")
+        elif self.expert_parallel and not self.tp_plan:
+            raise InputError(
+                "--expert-parallel divides the experts over the processes of --tp-plan auto, or with --backend vllm "
+                "over the devices of --tensor-parallel; give one of them too"
+            )
 
     @property
     def devices(self) -> int:

@@ -19,7 +19,7 @@ from transformers import Qwen3MoeConfig
 
 from cache_format import FeatureCache, InputError
 from extractor.config import TargetOptions
-from extractor.target.tensor_parallel import require_plan
+from extractor.target.parallel_plan import parallel_plan
 
 CAPTURES = ["--capture", "last_hidden_states", "--capture", "logits-topk=3"]
 
@@ -199,12 +199,10 @@ def test_an_environment_that_says_half_is_told(job, tmp_path):
         (2, (5, 1), "no number does"),
     ],
 )
-def test_refused_numbers_of_processes_come_with_those_that_work(monkeypatch, processes, heads, way_out):
+def test_refused_numbers_of_processes_come_with_those_that_work(processes, heads, way_out):
     """The first are Qwen3-235B's heads on the 8 devices of a node."""
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
     config = Qwen3MoeConfig(num_attention_heads=heads[0], num_key_value_heads=heads[1])
     with pytest.raises(InputError, match=f"{processes} processes do not divide .* {way_out}"):
-        require_plan(config)
-    monkeypatch.setenv("WORLD_SIZE", str(heads[1]))
+        parallel_plan(config, processes)
     if heads[1] > 1:
-        require_plan(config)
+        assert parallel_plan(config, heads[1]).tp_size == heads[1]

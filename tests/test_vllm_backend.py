@@ -244,7 +244,7 @@ def test_another_layer_s_states_do_not_pass_recompute(cli, arguments, faults, tm
         (("--attn-implementation", "sdpa"), "--attn-implementation is for"),
         (("--experts-implementation", "eager"), "--experts-implementation is for"),
         (("--backend", "transformers", "--tensor-parallel", "2"), "are for --backend vllm"),
-        (("--backend", "transformers", "--expert-parallel"), "are for --backend vllm"),
+        (("--backend", "transformers", "--pipeline-parallel", "2"), "are for --backend vllm"),
         (("--devices", "cpu,cpu,cpu", "--tensor-parallel", "2"), "each engine takes 2 devices"),
     ],
 )

@@ -311,7 +311,8 @@ ExpertParallel = Annotated[
     bool,
     typer.Option(
         "--expert-parallel",
-        help="With --backend vllm: whole experts on each device of --tensor-parallel, instead of a part of each.",
+        help="Whole experts of a mixture in each process of --tp-plan, or with --backend vllm on each device of "
+        "--tensor-parallel, instead of a part of each.",
         rich_help_panel=_SPEED,
     ),
 ]

@@ -19,8 +19,8 @@ from cache_format.layout.manifest import Manifest, fingerprint
 from extractor.config import ExtractOptions, PrepareOptions, TargetOptions
 from extractor.data.chat_template import uses_date
 from extractor.job.plan import PLAN_VERSION
+from extractor.target.parallel_plan import world_size
 from extractor.target.target_identity import TargetIdentity, tokenizer_identity
-from extractor.target.tensor_parallel import world_size
 from extractor.terminal.progress import say
 
 PACKAGES = ("dflash-cache", "torch", "transformers", "tokenizers", "safetensors", "pyarrow", "zstandard")
@@ -57,8 +57,7 @@ def inputs_identity(
         "on_nonfinite": options.on_nonfinite,
         "compile": options.target.compile,
         "deterministic": options.target.deterministic,
-        **({"tp_size": world_size()} if options.target.tp_plan else {}),
-        **_engine(options.target),
+        **_division(options.target),
         "plan": PLAN_VERSION,
         **{name: value for name, value in asdict(options.plan).items() if value is not None},
     }
@@ -108,10 +107,11 @@ def template_date(tokenizer: Any, options: PrepareOptions, stored: Manifest | No
     return date.today().isoformat()
 
 
-def _engine(target: TargetOptions) -> dict[str, Any]:
-    """Which backend, and how it divides the target; nothing for transformers, as before there were others."""
+def _division(target: TargetOptions) -> dict[str, Any]:
+    """How the target is divided, and by which backend; what is not is left out, as before it could be."""
     if target.backend == "transformers":
-        return {}
+        size = {"tp_size": world_size()} if target.tp_plan else {}
+        return {**size, **({"expert_parallel": True} if target.expert_parallel else {})}
     names = ("backend", "tensor_parallel", "pipeline_parallel", "expert_parallel")
     return {name: getattr(target, name) for name in names}
 

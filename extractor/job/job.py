@@ -50,10 +50,11 @@ from extractor.target.factors import named_factors
 from extractor.target.layer_ids import chosen_layer_ids
 from extractor.target.load_backend import load_backend
 from extractor.target.load_target import TargetShape, load_config, load_tokenizer, resolve_device
+from extractor.target.parallel_plan import require_plan
 from extractor.target.quantised import run_dtype
 from extractor.target.target_files import write_target_files
 from extractor.target.target_identity import identify_target
-from extractor.target.tensor_parallel import Group, joined, require_plan
+from extractor.target.tensor_parallel import Group, joined
 from extractor.target.unloaded import require_runnable
 from extractor.target.vllm.refused import require_servable
 from extractor.terminal.progress import Reporter, say
@@ -147,8 +148,7 @@ class Job:
         self.config = load_config(target.name, target.revision, target.trust_remote_code)
         self.dtype = run_dtype(target, self.config, self.device)
         self.shape = TargetShape.from_config(self.config)
-        if target.tp_plan:
-            require_plan(self.config)
+        require_plan(target, self.config)
         require_runnable(target, self.config, torch_dtype(self.dtype))
         if target.backend == "vllm":
             require_servable(target, self.config)

@@ -100,7 +100,7 @@ def load_backend_of(
         from extractor.target.vllm.load import load_vllm
 
         names = ("tensor_parallel", "pipeline_parallel", "expert_parallel")
-        divided = {key: manifest.identity[key] for key in names if key in manifest.identity}
+        divided = {key: manifest.identity[key] for key in names if backend == made_by and key in manifest.identity}
         options = {"trust_remote_code": trust_remote_code, "adapter": adapter, **divided}
         return load_vllm(
             TargetOptions(name=name, backend=backend, **options),

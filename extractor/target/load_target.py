@@ -17,6 +17,7 @@ from cache_format.errors import InputError
 from extractor.config import TargetOptions
 from extractor.target.adapter import with_adapter
 from extractor.target.gguf_file import dequantising, gguf_options, place_and_file
+from extractor.target.parallel_plan import parallel_plan
 from extractor.target.unloaded import auto_class, caps_attention, require_experts, require_on_devices
 from extractor.terminal.others import no_bar_of_transformers
 from extractor.terminal.progress import say
@@ -102,12 +103,13 @@ def load_target(
     experts_implementation: str | None = None,
     device_map: str | None = None,
     tp_size: int | None = None,
+    expert_parallel: bool = False,
 ) -> nn.Module:
     """The target with its weights, frozen, in eval mode, on ``device`` or divided as ``device_map`` says.
 
     Weights go to a device tensor by tensor (with accelerate): the host never holds all of them.
 
-    With ``tp_size`` it is divided over as many processes (tensor parallelism), which all call this together.
+    With ``tp_size`` it is divided over as many processes, as :func:`parallel_plan` says, which all call this together.
 
     Raises:
         InputError: it cannot be loaded so; says why.
@@ -129,7 +131,9 @@ def load_target(
     elif device != CPU and not tp_size and find_spec("accelerate"):
         options["device_map"] = {"": device}
     if tp_size:
-        options["distributed_config"] = _tensor_parallel(tp_size)
+        options["distributed_config"] = parallel_plan(
+            config, tp_size, expert_parallel=expert_parallel, trust_remote_code=trust_remote_code
+        )
     no_bar_of_transformers()
     kind = auto_class(config)
     try:
@@ -161,6 +165,7 @@ def load_wanted(target: TargetOptions, dtype: torch.dtype, device: torch.device,
         trust_remote_code=target.trust_remote_code,
         device_map=target.device_map,
         tp_size=tp_size,
+        expert_parallel=target.expert_parallel,
     )
     synchronize(device)
     seconds, loaded = time.perf_counter() - begun, sum(weight.nbytes for weight in model.parameters()) / 1e9
@@ -173,15 +178,6 @@ def load_wanted(target: TargetOptions, dtype: torch.dtype, device: torch.device,
     if target.experts_implementation:
         require_experts(model)
     return model if target.adapter is None else with_adapter(model, target.adapter)
-
-
-def _tensor_parallel(tp_size: int) -> Any:
-    try:
-        from transformers.distributed import DistributedConfig
-
-        return DistributedConfig(tp_size=tp_size)
-    except (ImportError, TypeError):
-        raise InputError("--tp-plan needs transformers 5.17 or newer; pip install -U transformers") from None
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:

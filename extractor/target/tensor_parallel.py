@@ -7,7 +7,6 @@ missing, which batches, trials at the start), the others follow without knowing 
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import time
@@ -29,6 +28,7 @@ from extractor.target.deterministic import be_deterministic
 from extractor.target.hooks import HFDFlashTargetModel
 from extractor.target.layer_ids import chosen_layer_ids
 from extractor.target.load_target import TargetShape, load_config, load_wanted, resolve_device
+from extractor.target.parallel_plan import world_size
 from extractor.target.quantised import run_dtype
 from extractor.target.transformers_backend import MASKED, UNMASKED, TransformersBackend
 
@@ -48,41 +48,6 @@ _PATIENCE = timedelta(days=7)
 _SECONDS_TO_LEAVE = 3.0
 """How long a process waits for the others before it leaves the group, less than a signal gives it. They have left at
 once, unless they are in the middle of a pass that this process has broken off."""
-
-
-def world_size() -> int:
-    """Processes that torchrun started.
-
-    Raises:
-        InputError: fewer than two.
-    """
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    if size < 2:
-        raise InputError(
-            "--tp-plan divides the target over the processes of torchrun; start it as "
-            "`torchrun --nproc-per-node 8 -m extractor extract --tp-plan auto ...`"
-        )
-    return size
-
-
-def require_plan(config: Any) -> None:
-    """Refuse a target that transformers cannot divide so, before anything is begun.
-
-    Raises:
-        InputError: no plan for its architecture, or attention heads that do not divide by the number of processes.
-    """
-    text, size = config.get_text_config(), world_size()
-    if not getattr(text, "base_model_tp_plan", None):
-        raise InputError(f"--tp-plan: transformers has none for {config.model_type}; try --device-map auto")
-    heads = {name: getattr(text, name, None) or 0 for name in ("num_attention_heads", "num_key_value_heads")}
-    for name, count in heads.items():
-        if count % size:
-            most = math.gcd(*heads.values())
-            fit = [str(number) for number in range(2, most + 1) if most % number == 0]
-            raise InputError(
-                f"--tp-plan: {size} processes do not divide the target's {count} {name}, and transformers replicates "
-                f"none; {'start ' + ' or '.join(fit) if fit else 'no number does'}, or use --device-map auto"
-            )
 
 
 class Group:

@@ -44,7 +44,7 @@ def require_runnable(target: TargetOptions, config: Any, dtype: torch.dtype) -> 
         )
     if target.experts_implementation is None and target.device_map is None:
         return
-    model = _built(config, dtype, target.trust_remote_code)
+    model = built(config, dtype, target.trust_remote_code)
     if model is None:
         return
     if target.experts_implementation is not None:
@@ -114,7 +114,7 @@ def _refuse_offloading(device_map: str, off: int, whole: int) -> None:
         )
 
 
-def _built(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def built(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     """The model of ``config`` without memory for its weights; None where its code cannot do without."""
     try:
         with torch.device("meta"):
