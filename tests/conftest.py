@@ -41,8 +41,9 @@ hypothesis.settings.register_profile("deep", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile("quick")
 
 LONGEST_FIRST = [
-    *("test_ray", "test_kill", "test_store_job", "test_faults", "test_tensor_parallel", "test_extract", "test_signals"),
-    *("test_workers", "test_prepare", "test_slurm", "test_run", "test_export", "test_loss_mask"),
+    *("test_ray", "test_ray_nodes", "test_kill", "test_store_job", "test_faults", "test_tensor_parallel"),
+    *("test_extract", "test_signals", "test_workers", "test_prepare", "test_slurm", "test_run", "test_export"),
+    "test_loss_mask",
 ]
 """Files that take long: begun first, so that no process is at one while the others have nothing left to do."""
 

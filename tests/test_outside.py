@@ -95,7 +95,16 @@ def test_a_scratch_folder_is_looked_at_first(cli, small_job, tmp_path, outside, 
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't start new thread")])
+NO_MEMORY = [
+    MemoryError(),
+    RuntimeError("can't start new thread"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    ImportError("libarrow.so: failed to map segment from shared object"),
+    SystemError("error return without exception set"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=str)
 def test_too_little_memory_is_told_without_a_traceback(made, cli, monkeypatch, error):
     def fails(_cache):
         raise error

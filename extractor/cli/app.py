@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -60,6 +61,13 @@ app = typer.Typer(
 )
 
 
+_NO_MEMORY = re.compile(
+    # threads, torch, the dynamic linker (twice), and the interpreter where an extension forgets to say why
+    "can't start new thread|can't allocate memory|[Cc]annot allocate memory|failed to map segment|"
+    "error return without exception set"
+)
+
+
 @app.callback()
 def _options(
     version: Annotated[
@@ -97,7 +105,7 @@ def main() -> None:
         where = error.filename or ""
         say(f"error: {StorageError(where, 'go on', error) if where else error}")
         sys.exit(EXIT_COULD_NOT_START if _is_a_wrong_name(error) else EXIT_FAILED)
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, SystemError, ImportError) as error:
         if debug or not _is_out_of_memory(error):
             raise
         lacks = "not enough memory (ulimit -v, or the container's limit), or no more threads (ulimit -u)"
@@ -106,8 +114,11 @@ def main() -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Of the host; a device that is full says so itself."""
-    return isinstance(error, MemoryError) or "can't start new thread" in str(error)
+    """Of the host; a device that is full says so itself. A library that finds no memory raises what it likes."""
+    chain: list[BaseException] = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    return any(isinstance(one, MemoryError) or _NO_MEMORY.search(str(one)) for one in chain)
 
 
 def _is_a_wrong_name(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""A real Ray cluster of several nodes on this machine: the same bytes as one process, whatever dies or comes late."""
+"""A real Ray cluster on this machine: the same bytes as one process, whatever is stopped, dies or cannot be."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import commands
 import pytest
+from clusters import NODE, new_cluster, start, wait_for_shards, with_code
 from jobs import contents
-from s3 import objects
 
 from cache_format import InputError
 from cache_format.layout.shard_layout import shard_name
@@ -29,41 +27,6 @@ from extractor.job.worker import Worker
 
 ray = pytest.importorskip("ray", reason="needs pip install 'dflash-cache[ray]'")
 
-NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As Ray gives an actor of one CPU; more would only wait for each other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        # Idle processes that Ray would start ahead, and its reports of itself.
-        patch.setenv("RAY_prestart_worker_first_driver", "0")
-        patch.setenv("RAY_enable_worker_prestart", "0")
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        # Every half second a node is asked whether it lives, and is dead after five times.
-        patch.setenv("RAY_health_check_initial_delay_ms", "1000")
-        patch.setenv("RAY_health_check_period_ms", "500")
-        yield
-
-
-@contextmanager
-def new_cluster() -> Iterator[Any]:
-    """Its first node has no room for actors; tests add nodes with room for one each."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
-    yield cluster
-    cluster.shutdown()
-
-
-@pytest.fixture
-def cluster(one_thread, uninterrupted, monkeypatch):
-    """Of a test that kills nodes."""
-    monkeypatch.setenv("SECONDS_A_PASS", "0.5")
-    with new_cluster() as cluster:
-        yield cluster
-
 
 @pytest.fixture(scope="module")
 def quiet_cluster(one_thread):
@@ -71,97 +34,6 @@ def quiet_cluster(one_thread):
     with new_cluster() as cluster:
         cluster.add_node(**NODE)
         yield cluster
-
-
-SLOW = """
-import os, time
-from transformers import Qwen3ForCausalLM
-
-class Slow(Qwen3ForCausalLM):
-    def forward(self, *arguments, **named):
-        time.sleep(float(os.environ.get("SECONDS_A_PASS", 0)))
-        return super().forward(*arguments, **named)
-"""
-"""A target that leaves the processor to others, and a job long enough for a node to die in the midst of it."""
-
-
-@pytest.fixture(scope="module")
-def long_job(job, tmp_path_factory) -> list[str]:
-    """Some forty shards, of a pass or two each."""
-    target = Path(shutil.copytree(job[job.index("--target") + 1], tmp_path_factory.mktemp("slow") / "target"))
-    config = json.loads((target / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "slow.Slow"}
-    (target / "config.json").write_text(json.dumps(config))
-    (target / "slow.py").write_text(SLOW)
-    slow = ["--target", str(target), "--trust-remote-code"]
-    return [*job, *slow, "--shard-size", "512KiB", "--batch-tokens", "512"]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(one_thread, long_job, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("ray") / "cache"
-    commands.made("extract", *long_job, "--out", out)
-    return out
-
-
-def start(job: list[str], out: Path | str, cluster, *options: str) -> commands.Command:
-    arguments = [*job, "--out", str(out), "--engine", "ray", "--address", cluster.address, *options]
-    return commands.start("extract", *arguments)
-
-
-def wait_for_shards(process: commands.Command, out: Path, count: int) -> None:
-    while len(list((out / "shards").glob("shard-*"))) < count:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)
-
-
-@pytest.mark.slow
-def test_a_node_that_dies_costs_its_shards_only_and_a_new_one_takes_its_place(
-    cluster, long_job, uninterrupted, tmp_path
-):
-    out = tmp_path / "cache"
-    victim, _ = cluster.add_node(**NODE), cluster.add_node(**NODE)
-    # Three actors are asked for, and there is room for two: the one without a place stops nobody.
-    process = start(long_job, out, cluster, "--num-workers", "3", "--json")
-    wait_for_shards(process, out, 12)
-    kept = {path: path.stat().st_mtime_ns for path in (out / "shards").glob("shard-*")}
-    cluster.remove_node(victim, allow_graceful=False)
-    cluster.add_node(**NODE)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert "a worker is gone" in errors
-    assert "Traceback" not in errors
-    assert output.count("\n") == 1, output
-    report = json.loads(output)
-    assert report["complete"]
-    assert 0 <= report["shards"] - report["run"]["shards"] <= 2, "no shard is made twice"
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "finished shards are not made again"
-    assert contents(out) == contents(uninterrupted)
-
-
-@pytest.mark.slow
-def test_to_a_url_while_a_node_dies(s3, bucket, cluster, long_job, uninterrupted, tmp_path):
-    victim, _ = cluster.add_node(**NODE), cluster.add_node(**NODE)
-    scratch = tmp_path / "scratch"
-    process = start([*long_job, "--scratch", str(scratch)], bucket, cluster, "--num-workers", "2", "--json")
-    at_work: set[str] = set()
-    while len(at_work) < 2 or not Store(bucket).size(shard_name(3)):
-        at_work |= {path.parts[-3] for path in scratch.glob("*/actor-*/shards/*")}
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
-    cluster.remove_node(victim, allow_graceful=False)
-    cluster.add_node(**NODE)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert "a worker is gone" in errors
-    assert "Traceback" not in errors
-    assert objects(s3, bucket) == contents(uninterrupted)
-    report = json.loads(output)
-    assert report["complete"]
-    assert 0 <= report["shards"] - report["run"]["shards"] <= 2, "no shard is made twice"
-    assert not [path for path in scratch.rglob("*") if path.is_file()], "nothing is left on the disk"
-    again = start([*long_job, "--scratch", str(scratch)], bucket, cluster)
-    assert "already complete" in again.communicate(timeout=60)[1]
 
 
 def worker_of(job: list[str], tmp_path: Path, **where: object) -> ShardWorker:
@@ -289,12 +161,8 @@ def test_what_no_other_worker_could_mend_stops_the_job(quiet_cluster, job, tmp_p
 @pytest.mark.slow
 def test_actors_that_die_one_after_the_other_stop_the_job(quiet_cluster, job, tmp_path):
     """A target whose own code ends the process: no worker of any node will ever finish a shard."""
-    target = Path(shutil.copytree(job[job.index("--target") + 1], tmp_path / "deadly"))
-    config = json.loads((target / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "deadly.Model"}
-    (target / "config.json").write_text(json.dumps(config))
-    (target / "deadly.py").write_text("import os\nos._exit(9)\nclass Model: ...\n")
-    deadly = [*job, "--target", str(target), "--trust-remote-code"]
+    with_code(job, tmp_path / "deadly", "import os\nos._exit(9)\nclass Model: ...\n", "Model")
+    deadly = [*job, "--target", str(tmp_path / "deadly"), "--trust-remote-code"]
     process = start(deadly, tmp_path / "cache", quiet_cluster, "--num-workers", "1")
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 1, errors
