@@ -303,7 +303,7 @@ from extractor.data.prepare import prepare
 
 if __name__ == "__main__":
     data, target, out = sys.argv[1:]
-    module.ROWS_PER_PART = 256
+    module.ROWS_PER_PART = 64
     try:
         prepare(open_source(DataOptions(name=data)), target, PrepareOptions(), Path(out), num_workers=2,
                 progress=lambda done, total, kept: print(done, flush=True))
@@ -317,7 +317,7 @@ def test_stopped_by_a_signal_no_process_stays_and_finished_parts_do(
     stop: signal.Signals, demo_jsonl: Path, tiny_target: Path, tmp_path: Path
 ) -> None:
     data, script, out = tmp_path / "many.jsonl", tmp_path / "run.py", tmp_path / "parts"
-    data.write_text(demo_jsonl.read_text() * 60)
+    data.write_text(demo_jsonl.read_text() * 15)
     script.write_text(LONG_RUN)
     process = subprocess.Popen(
         [sys.executable, str(script), str(data), str(tiny_target), str(out)],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,11 @@ def with_code(job: list[str], folder: Path, code: str, model: str) -> None:
     (folder / "its_code.py").write_text(code)
 
 
-def start(job: list[str], out: Path | str, cluster, *options: str) -> commands.Command:
+def start(
+    job: list[str], out: Path | str, cluster, *options: str, before: Callable[[], None] | None = None
+) -> commands.Command:
     arguments = [*job, "--out", str(out), "--engine", "ray", "--address", cluster.address, *options]
-    return commands.start("extract", *arguments)
+    return commands.start("extract", *arguments, before=before)
 
 
 def wait_for_shards(process: commands.Command, out: Path, count: int) -> None:
