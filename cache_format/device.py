@@ -10,9 +10,12 @@ Streams and events are those of torch: ``record_event``, ``wait_event``, ``wait_
 from __future__ import annotations
 
 import platform
-from contextlib import AbstractContextManager
+import warnings
+import weakref
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +26,9 @@ RAY_GPUS = "cuda"
 
 _COLLECTIVES = {"cuda": "nccl", "xpu": "xccl", "npu": "hccl"}
 """Kind of device -> backend of torch.distributed for tensors on it; gloo for the others."""
+
+_FOR_EVERY_DEVICE = 1
+"""Flag of cudaHostRegister: the memory is page-locked for all devices."""
 
 
 def parse(text: torch.device | str) -> torch.device:
@@ -139,8 +145,41 @@ def synchronize(device: torch.device) -> None:
         _module(device).synchronize(device)
 
 
+def page_lock(memory: np.ndarray, device: torch.device) -> bool:
+    """Page-lock ``memory``, whole pages of its own, until it is dropped: copies between it and ``device`` don't hold up
+    the host. It is taken for what it is, where torch's allocator rounds up to powers of two.
+
+    Returns:
+        whether that could be done; the kind of device may have no way to, or refuse, which is told once.
+    """
+    of_module = getattr(_module(device), "cudart", None)
+    if of_module is None:
+        return False
+    runtime, at = of_module(), memory.ctypes.data
+    error = int(runtime.cudaHostRegister(at, memory.nbytes, _FOR_EVERY_DEVICE))
+    if error:
+        # The runtime keeps its last error, and the next kernel would be blamed for it: let this one be.
+        with suppress(RuntimeError):
+            torch.zeros(1, device=device)
+        warnings.warn(
+            f"{device} cannot page-lock memory as it is (error {error}); torch's own, rounded up, is taken",
+            stacklevel=2,
+        )
+        return False
+    # The end of the process unlocks what is left.
+    weakref.finalize(memory, _unlock, runtime, at, device).atexit = False
+    return True
+
+
+def _unlock(runtime: Any, at: int, device: torch.device) -> None:
+    # A trainer that has broken off drops memory that is still being copied. After an error of the device nothing is.
+    with suppress(RuntimeError):
+        synchronize(device)
+    runtime.cudaHostUnregister(at)
+
+
 def pinned_memory(num_bytes: int) -> Tensor:
-    """Page-locked uint8 ``[num_bytes]``, not cleared: copies between it and a device don't hold up the host."""
+    """Page-locked uint8 ``[num_bytes]`` of torch's allocator, not cleared."""
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
 

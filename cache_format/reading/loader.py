@@ -323,7 +323,7 @@ class CacheLoader:
         rows = min(options.batch_size or whole, whole)
         tokens = min(rows * longest, options.batch_tokens or rows * longest)
         capacity = self._cache.batch_bytes(tokens, self._decode_on_host)
-        return BufferPool(capacity, keep=options.prefetch + 2, pin_memory=self._is_asynchronous)
+        return BufferPool(capacity, keep=options.prefetch + 2, device=options.device)
 
     @property
     def _is_asynchronous(self) -> bool:

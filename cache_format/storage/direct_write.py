@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import warnings
 from typing import BinaryIO
 
 import numpy as np
@@ -47,6 +48,10 @@ def _write_pages(file: BinaryIO, pages: np.ndarray) -> int:
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
+        if error.errno == errno.EFAULT:
+            warnings.warn(
+                "the disk cannot take shards from where they are; they go through the page cache", stacklevel=2
+            )
     finally:
         fcntl.fcntl(file, fcntl.F_SETFL, flags)
     return written

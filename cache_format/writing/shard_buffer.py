@@ -21,10 +21,10 @@ from cache_format.storage.host_memory import PAGE, host_memory
 class ShardBuffer:
     """Host memory that holds one shard while it is filled in place; used again for shard after shard."""
 
-    def __init__(self, capacity: int, pin_memory: bool = False):
-        """``capacity`` bytes: the largest shard of the plan. ``pin_memory`` makes copies from a device asynchronous."""
+    def __init__(self, capacity: int, device: torch.device | None = None):
+        """``capacity`` bytes: the largest shard of the plan. Copies come from ``device``, asynchronous if it can."""
         self.capacity = capacity
-        memory = host_memory(capacity + 2 * PAGE, pin_memory)
+        memory = host_memory(capacity + 2 * PAGE, device)
         # In memory a byte lies on a page as it does in the file: see direct_write.py.
         self._memory = memory[-memory.data_ptr() % PAGE :]
         self.container: Container | None = None

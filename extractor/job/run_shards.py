@@ -275,7 +275,7 @@ class Making:
         largest = int(runner.plan.shard_bytes(runner._filled)[numbers].max())
         self._free: queue.LifoQueue[ShardBuffer] = queue.LifoQueue()
         for _ in range(min(NUM_BUFFERS, len(numbers))):
-            self._free.put(ShardBuffer(largest, pin_memory=has_streams(runner.device)))
+            self._free.put(ShardBuffer(largest, runner.device))
         self._rows = _DeviceRows(runner._filled, runner.device, runner.plan.most_batch_tokens)
         self._writing: deque[Future[tuple[int, float]]] = deque()
         self._writer = ThreadPoolExecutor(NUM_BUFFERS - 1, thread_name_prefix="shard-writer")
