@@ -50,6 +50,9 @@ class Faults:
     dies_after: int | None = None
     """steps until the engine is dead"""
     wrong_by: float = 0.0
+    does_not_start: Exception | None = None
+    meeting: str = "tcp://localhost:1"
+    """how its workers met"""
     multimodal: bool = False
     steps: list[list[int]] = field(default_factory=list)
     """tokens of each request, of each step that was run"""
@@ -120,6 +123,7 @@ class _Served(nn.Module):
 
 class _Worker(CaptureExtension):
     def __init__(self, model: nn.Module):
+        self.distributed_init_method = Faults.current.meeting
         groups = [[SimpleNamespace(backend=SimpleNamespace(get_name=lambda: "FAKE_ATTN"))]]
         self.model_runner = SimpleNamespace(get_model=lambda: model, attn_groups=groups)
 
@@ -130,10 +134,13 @@ class LLM:
     def __init__(self, **arguments: Any):
         self._faults = faults = Faults.current
         faults.arguments, faults.environment = arguments, dict(os.environ)
+        if faults.does_not_start is not None:
+            raise faults.does_not_start
         self._model = _Served(arguments["model"], getattr(torch, arguments["dtype"]), faults)
         self._workers = [_Worker(self._model)]
+        model = SimpleNamespace(quantization=None, enforce_eager=arguments["enforce_eager"])
         cache = SimpleNamespace(num_gpu_blocks=4096, block_size=16, cache_dtype="auto")
-        config = SimpleNamespace(cache_config=cache, model_config=SimpleNamespace(quantization=None))
+        config = SimpleNamespace(cache_config=cache, model_config=model)
         core = SimpleNamespace(shutdown=lambda: None)
         self.llm_engine = SimpleNamespace(vllm_config=config, engine_core=core)
 

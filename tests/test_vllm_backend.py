@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import logging
 import os
 import shutil
 import sys
 from dataclasses import make_dataclass
 from enum import Enum
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +30,7 @@ from torch import nn
 import extractor
 from cache_format import FeatureCache
 from cache_format.errors import InputError
+from cache_format.layout.captures import Captures
 from extractor.config import TargetOptions
 from extractor.engine.local import engine_devices
 from extractor.engine.ray_cluster import environment, gpus_of_actor
@@ -34,7 +38,10 @@ from extractor.target.stored_embeddings import StoredWeights, stored_embeddings
 from extractor.target.vllm import engine
 from extractor.target.vllm.capture import kernels, shared_rows
 from extractor.target.vllm.engine import steps
+from extractor.target.vllm.load import load_vllm
+from extractor.target.vllm.processes import SHARED_MEMORY, forget_meeting, forget_shared_memory, speak_in_lines
 from extractor.target.vllm.refused import require_length, require_servable
+from extractor.terminal.signals import Stopped
 
 
 @pytest.fixture
@@ -105,6 +112,7 @@ def test_states_are_those_of_transformers(cli, arguments, faults, tmp_path, by_t
     assert identity["attn_implementation"] == "vllm FAKE_ATTN"
     assert identity["padding"] == "none"
     assert identity["vllm.version"] == "0.32.0"
+    assert identity["vllm.eager"] is True
     assert identity["vllm.capture"] == ("auxiliary outputs" if auxiliary else "layer hooks")
 
 
@@ -112,18 +120,21 @@ def test_a_batch_is_a_step_and_shared_memory_has_no_name_to_leave(cli, arguments
     seen, call = [], fake_vllm.LLM.collective_rpc
 
     def watched(self, method, args=()):
-        seen.extend(os.listdir(engine.SHARED_MEMORY))
+        if len(faults.steps) > STEPS_AT_THE_START:
+            seen.extend(os.listdir(SHARED_MEMORY))
         return call(self, method, args)
 
-    before = set(os.listdir(engine.SHARED_MEMORY))
+    before = set(os.listdir(SHARED_MEMORY))
     monkeypatch.setattr(fake_vllm.LLM, "collective_rpc", watched)
     done(cli, *arguments, *VLLM, "--out", tmp_path / "c")
     run = faults.steps[STEPS_AT_THE_START:]
     assert sorted(length for lengths in run for length in lengths) == [4, 4, 9, 20, 20, 31, 48, 48]
     assert all(sum(lengths) <= 96 for lengths in run)
+    assert seen
     # Other tests' processes have semaphores there.
     assert not [name for name in set(seen) - before if not name.startswith(("sem.", "psm_"))]
     asked = faults.arguments
+    assert not Path(faults.environment["VLLM_RPC_BASE_PATH"]).exists()
     assert asked["max_model_len"] == 48 + 1
     assert asked["max_num_batched_tokens"] >= 96
     assert (asked["enable_prefix_caching"], asked["enable_chunked_prefill"]) == (False, False)
@@ -198,6 +209,35 @@ def test_an_engine_that_fails_on_the_way_leaves_finished_shards(
     install(monkeypatch)
     done(cli, *arguments, *VLLM, "--out", tmp_path / "c")
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            Exception("WorkerProc initialization failed.\nSee"),
+            "a worker process ended before it was ready; what it said stands above",
+        ),
+        (KeyError("model.layers.0.x"), "KeyError: 'model.layers.0.x'. What its workers said stands above"),
+        (ValueError("no attention for a head of 7"), "cannot run this target here: no attention for a head of 7"),
+    ],
+)
+def test_an_engine_that_does_not_start(cli, arguments, faults, tmp_path, error, said):
+    faults.does_not_start = error
+    code, _, err = cli(*arguments, *VLLM, "--out", tmp_path / "c")
+    assert code == 2
+    assert said in err
+    assert not Path(faults.environment["VLLM_RPC_BASE_PATH"]).exists()
+    faults.does_not_start = None
+    done(cli, *arguments, *VLLM, "--out", tmp_path / "c")
+
+
+def test_a_start_that_is_stopped_leaves_no_sockets(faults, tiny_target):
+    faults.does_not_start = Stopped(2)
+    target, cpu = TargetOptions(name=str(tiny_target), backend="vllm"), torch.device("cpu")
+    with pytest.raises(Stopped):
+        load_vllm(target, [0], Captures(), dtype=torch.float32, device=cpu, longest=8, batch_tokens=8)
+    assert not Path(faults.environment["VLLM_RPC_BASE_PATH"]).exists()
 
 
 @pytest.mark.parametrize("begun_with", ["vllm", "transformers"])
@@ -373,6 +413,34 @@ def test_memory_of_another_process_is_not_taken_for_the_job_s():
         rows.fill_(3)
         assert torch.equal(shared_rows(file.path, 8, 16, torch.float32), rows)
     assert not file.is_here()
+
+
+def test_names_by_which_workers_met_are_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setattr("extractor.target.vllm.processes.SHARED_MEMORY", str(tmp_path))
+    for name in ("met", "met-tp:0-[0-1]-cpushm", "met-pp:0-[0-1]-cpushm", "metal-1", "other-met-1"):
+        (tmp_path / name).touch()
+    for forget in (forget_shared_memory, forget_meeting):
+        forget("tcp://localhost:29500")
+    assert len(os.listdir(tmp_path)) == 5
+    forget_shared_memory(f"file://{tmp_path}/met")
+    assert sorted(os.listdir(tmp_path)) == ["met", "metal-1", "other-met-1"]
+    forget_meeting(f"file://{tmp_path}/met")
+    forget_meeting(f"file://{tmp_path}/met")
+    assert sorted(os.listdir(tmp_path)) == ["metal-1", "other-met-1"]
+
+
+@pytest.mark.parametrize("level", ["ERROR", "DEBUG"])
+def test_a_worker_s_error_is_a_line(monkeypatch, level):
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", level)
+    said, logger = io.StringIO(), logging.getLogger("vllm")
+    handler = logging.StreamHandler(said)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    speak_in_lines()
+    try:
+        {}["weight"]
+    except KeyError:
+        logging.getLogger("vllm.worker").error("%s failed", "WorkerProc", exc_info=True)
+    assert (said.getvalue() == "WorkerProc failed KeyError: 'weight'\n") == (level == "ERROR")
 
 
 def test_most_requests(monkeypatch):
@@ -619,6 +687,36 @@ def test_weights_that_are_not_safetensors(tmp_path, tiny_target):
     (tmp_path / "t" / "model.safetensors").rename(tmp_path / "t" / "pytorch_model.bin")
     with pytest.raises(InputError, match="not safetensors"):
         StoredWeights(str(tmp_path / "t"), None)
+
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 100_000)
+
+
+def listed(text: str, folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut, "model.safetensors is damaged"),
+        (partial(listed, "{"), "is not an index of weight files"),
+        (partial(listed, "[]"), "is not an index of weight files"),
+        (partial(listed, '{"weight_map": {"a": 3}}'), "is not an index of weight files"),
+        (partial(listed, '{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors is missing, which its index names"),
+    ],
+)
+def test_damaged_weights_are_told_of_before_a_row_is_prepared(
+    cli, arguments, faults, tmp_path, tiny_target, damage, said
+):
+    shutil.copytree(tiny_target, tmp_path / "t")
+    damage(tmp_path / "t")
+    command = [str(tmp_path / "t") if value == str(tiny_target) else value for value in arguments]
+    code, _, err = cli(*command, *VLLM, "--out", tmp_path / "c")
+    assert code == 2
+    assert said in err
+    assert not (tmp_path / "c").exists()
 
 
 def test_the_largest_engine_is_counted_in_devices():

@@ -31,7 +31,7 @@ MANIFEST_NAME = "manifest.json"
 STATES = ("preparing", "extracting", "complete")
 MAX_MANIFEST_BYTES = 64 << 20
 _DECIDED_BY_VLLM = tuple(f"vllm.{name}" for name in ("version", "quantization", "kv_cache_dtype", "block_size"))
-_DECIDED_BY_VLLM += ("vllm.batch_invariant", "vllm.capture", "vllm.model", "vllm.kernels")
+_DECIDED_BY_VLLM += ("vllm.batch_invariant", "vllm.eager", "vllm.capture", "vllm.model", "vllm.kernels")
 LATER_IDENTITY = (
     *("samples", "padding", "attn_implementation", "experts_implementation", "parameters", "quantization"),
     *_DECIDED_BY_VLLM,

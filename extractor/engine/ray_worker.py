@@ -79,6 +79,8 @@ class ShardWorker:
         if not job.destination.shared or manifest.state == "preparing":
             job.require_room(manifest, plan, list(range(len(plan))))
         manifest, plan, backend = job.loaded(manifest, samples, plan)
+        # Ray kills the actor and all below it, and would leave the names of what they share.
+        self._held.callback(backend.close)
         runner = job.runner(manifest, plan, samples, backend)
         self._making = self._held.enter_context(runner.begin(list(range(len(plan))), job.watched()))
         self._opened, self._done = time.monotonic(), RunStats()

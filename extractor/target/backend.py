@@ -75,6 +75,10 @@ class TargetBackend(ABC):
             most: tokens of the largest shard, which no batch crosses the end of.
         """
 
+    def close(self) -> None:
+        """End what other processes of it there are, in a process whose own end nobody waits for."""
+        return
+
     def release_memory(self, device: torch.device) -> None:
         """Give back what is held on ``device`` for the next forward, to try one again that did not fit."""
         release_memory(device)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cache_format.errors import InputError
@@ -22,18 +24,27 @@ class StoredWeights:
     def __init__(self, name: str, revision: str | None):
         """
         Raises:
-            InputError: the target has no such files.
+            InputError: the target has no such files, or damaged ones.
         """
         self._name, self._revision = name, revision
         index = self._path(INDEX)
         if index is not None:
-            self._files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self._files = self._listed(index)
             return
         single = self._path(SINGLE)
         if single is None:
             raise InputError(f"--target {name}: its weights are not safetensors files ({INDEX}, or {SINGLE})")
-        with safe_open(single, "pt") as file:
+        with self._opened(single) as file:
             self._files = dict.fromkeys(file.keys(), SINGLE)
+
+    def require_whole(self) -> None:
+        """
+        Raises:
+            InputError: a file is missing, or not as long as it says.
+        """
+        for file in sorted(set(self._files.values())):
+            with self._opened(self._whole_path(file)):
+                pass
 
     def num_bytes(self) -> int:
         """Of all files together."""
@@ -52,9 +63,26 @@ class StoredWeights:
                 f"--target {self._name}: its weight files have {len(found)} tensors for {name}, not one, so the cache "
                 "cannot have its embeddings"
             )
-        with safe_open(self._whole_path(self._files[found[0]]), "pt") as file:
+        with self._opened(self._whole_path(self._files[found[0]])) as file:
             tensor: Tensor = file.get_tensor(found[0])
         return tensor
+
+    def _listed(self, index: Path) -> dict[str, str]:
+        try:
+            files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            if not all(isinstance(file, str) for file in files.values()):
+                raise TypeError("not names of files")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"--target {self._name}: {index} is not an index of weight files ({error})") from error
+        return files
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[Any]:
+        try:
+            with safe_open(path, "pt") as file:
+                yield file
+        except SafetensorError as error:
+            raise InputError(f"--target {self._name}: {path} is damaged ({error}); fetch it again") from error
 
     def _whole_path(self, file: str) -> Path:
         path = self._path(file)

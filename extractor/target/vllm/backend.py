@@ -78,6 +78,10 @@ class VllmBackend(TargetBackend):
         """See :class:`TargetBackend`; an engine is made for one size, so options refuse ``auto``."""
         return self._engine.most_tokens
 
+    def close(self) -> None:
+        """See :class:`TargetBackend`."""
+        self._engine.close()
+
     def forward(
         self, input_ids: Tensor, lengths: Sequence[int], out: Tensor, extra: Mapping[str, Tensor] | None = None
     ) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from extractor.target.hooks import HFDFlashTargetModel
 from extractor.target.in_fact import decided_in_fact
+from extractor.target.vllm.processes import forget_shared_memory
 from extractor.target.vllm.residual import Residual, Taken
 
 AUXILIARY, HOOKS = "auxiliary outputs", "layer hooks"
@@ -64,6 +65,7 @@ class CaptureExtension:
 
     model_runner: Any
     vllm_config: Any
+    distributed_init_method: str
 
     def capture_begin(
         self,
@@ -87,6 +89,7 @@ class CaptureExtension:
         Raises:
             ValueError: a layer that this model has not.
         """
+        forget_shared_memory(self.distributed_init_method)
         model = self.model_runner.get_model()
         columns = len(layer_ids) + last_hidden_states
         first, last, self._capture_writes = self._capture_place()
@@ -125,6 +128,7 @@ class CaptureExtension:
             "attention": self._capture_attention(),
             "capture": HOOKS if self._capture_auxiliary is None else AUXILIARY,
             "kernels": kernels(model),
+            "meeting": self.distributed_init_method,
             **decided_in_fact(model),
         }
 

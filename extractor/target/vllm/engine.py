@@ -6,6 +6,7 @@ step, and what a step computes together is the plan's choice. The workers are pr
 
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,14 +19,13 @@ from torch import Tensor
 
 from cache_format.errors import DFlashCacheError, InputError
 from extractor.target.vllm.capture import SharedFile, digest, rows_of, shared_rows
+from extractor.target.vllm.processes import SHARED_MEMORY, forget_meeting
 
 MOST_REQUESTS = 1024
 """Of one step; a batch with more rows is several steps, cut in order."""
 
 ROOM = 2
 """Tokens of keys and values over those of a step: a request's last block is seldom full."""
-
-SHARED_MEMORY = "/dev/shm"
 
 
 class EngineError(DFlashCacheError):
@@ -67,6 +67,12 @@ class Engine:
             self._rows = shared_rows(file.path, most_tokens, self.columns * width, dtype)
             told = (list(layer_ids), last_hidden_states, file, most_tokens, width, dtype)
             self.facts: dict[str, Any] = self._call("capture_begin", *told)[0]
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End the workers; more than once is the same."""
+        self._llm.llm_engine.engine_core.shutdown()
+        forget_meeting(self.facts["meeting"])
 
     def run(self, rows: Sequence[np.ndarray]) -> Iterator[tuple[slice, Tensor]]:
         """States of requests of token ids int64 ``[n]``, a step after another.

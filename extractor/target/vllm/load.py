@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cache_format.device import count, has_streams
-from cache_format.errors import InputError
+from cache_format.errors import DFlashCacheError, InputError
 from cache_format.layout.captures import Captures
 from extractor.config import TargetOptions
 from extractor.target.factors_unloaded import factors_around_layers
@@ -25,6 +25,7 @@ from extractor.target.stored_embeddings import StoredWeights, stored_embeddings
 from extractor.target.vllm.backend import VllmBackend
 from extractor.target.vllm.engine import MOST_REQUESTS, ROOM, Engine
 from extractor.target.vllm.probe import prove, prove_room
+from extractor.target.vllm.processes import apart_from_the_terminal, meeting_place, speak_in_lines
 from extractor.target.vllm.refused import multimodal, require_length, require_servable
 from extractor.terminal.progress import say
 
@@ -33,6 +34,8 @@ NO_PADDING = "none"
 
 _MOST_IN_A_BLOCK = 1024
 
+_NOT_STARTED = "WorkerProc initialization failed"
+
 _ENVIRONMENT = {
     # The scheduler in this process; see engine.py.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -40,6 +43,8 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    # Seconds; with the four until it kills them there is time left after Ctrl-C.
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "2",
     # A request's one token, which is never run, may come after the target's last position.
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
 }
@@ -118,34 +123,39 @@ def load_vllm(
     weights = StoredWeights(target.name, target.revision)
     embeddings = stored_embeddings(weights, config, wanted.dtype, target.trust_remote_code)
     factors = factors_around_layers(config, embeddings, target.trust_remote_code)
-    llm, sampling = _start(wanted, config, shape)
+    with meeting_place():
+        llm, sampling = _start(wanted, config, shape)
+        engine = _engine(llm, sampling, wanted, shape.hidden_size)
+        backend = VllmBackend(
+            engine,
+            wanted.target_layer_ids,
+            shape.hidden_size,
+            wanted.dtype,
+            wanted.captures,
+            embeddings=embeddings,
+            factors=factors,
+            decided=decided(llm.llm_engine.vllm_config, engine.facts),
+        )
+        say(f"vLLM is up after {time.monotonic() - began:.0f} s: {engine.facts['model']}, {engine.facts['capture']}")
+        prove_room(engine, shape, wanted.longest)
+        quantised = getattr(config, "quantization_config", None) is not None
+        prove(backend, target, weights, shape, quantised=quantised, longest=wanted.longest)
+    return backend
+
+
+def _engine(llm: Any, sampling: Any, wanted: _Wanted, width: int) -> Engine:
     cache = llm.llm_engine.vllm_config.cache_config
     _require_room(cache, wanted.most_tokens)
-    engine = Engine(
+    return Engine(
         llm,
         wanted.target_layer_ids,
         wanted.captures.last_hidden_states,
-        width=shape.hidden_size,
+        width=width,
         dtype=wanted.dtype,
         most_tokens=wanted.most_tokens,
         block_tokens=cache.block_size,
         sampling=sampling,
     )
-    backend = VllmBackend(
-        engine,
-        wanted.target_layer_ids,
-        shape.hidden_size,
-        wanted.dtype,
-        wanted.captures,
-        embeddings=embeddings,
-        factors=factors,
-        decided=decided(llm.llm_engine.vllm_config, engine.facts),
-    )
-    say(f"vLLM is up after {time.monotonic() - began:.0f} s: {engine.facts['model']}, {engine.facts['capture']}")
-    prove_room(engine, shape, wanted.longest)
-    quantised = getattr(config, "quantization_config", None) is not None
-    prove(backend, target, weights, shape, quantised=quantised, longest=wanted.longest)
-    return backend
 
 
 def left_out_by_transformers(config: Any) -> dict[str, Any]:
@@ -168,6 +178,7 @@ def decided(vllm_config: Any, facts: dict[str, Any]) -> dict[str, Any]:
         "vllm.quantization": model.quantization,
         "vllm.kv_cache_dtype": str(cache.cache_dtype),
         "vllm.batch_invariant": bool(getattr(vllm.envs, "VLLM_BATCH_INVARIANT", False)),
+        "vllm.eager": model.enforce_eager,
         "vllm.capture": facts["capture"],
         "vllm.block_size": cache.block_size,
     }
@@ -176,12 +187,16 @@ def decided(vllm_config: Any, facts: dict[str, Any]) -> dict[str, Any]:
 def _import_vllm() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # It removes the names that a stopped job leaves; what it says of that would alarm.
+    warnings = [os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"]
+    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, warnings))
     # It sets its own level when an engine starts, and has said much by then.
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     try:
         importlib.import_module("vllm")
-    except ImportError as error:
-        raise InputError(f"--backend vllm: the vLLM that is installed here cannot be imported: {error}") from None
+    except Exception as error:
+        raise InputError(f"--backend vllm: the vLLM that is installed here cannot be imported: {error}") from error
+    speak_in_lines()
 
 
 def _start(wanted: _Wanted, config: Any, shape: TargetShape) -> tuple[Any, Any]:
@@ -240,9 +255,11 @@ def _start(wanted: _Wanted, config: Any, shape: TargetShape) -> tuple[Any, Any]:
         if kind == "cpu":
             # Else it takes nearly all of the machine's memory for keys and values.
             arguments["kv_cache_memory_bytes"] = _cache_bytes(model, num_layers, wanted)
-        with _hidden(_OF_TORCHRUN):
+        with _hidden(_OF_TORCHRUN), apart_from_the_terminal():
             llm = LLM(**arguments)
-    except (ValueError, RuntimeError, ImportError, AssertionError, NotImplementedError, OSError) as error:
+    except DFlashCacheError:
+        raise
+    except Exception as error:  # a worker that did not start is told of by no other type
         raise InputError(f"--backend vllm: vLLM cannot run this target here: {_reason(error)}") from error
     atexit.register(llm.llm_engine.engine_core.shutdown)
     return llm, SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
@@ -262,9 +279,14 @@ def _hidden(names: re.Pattern[str]) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """One line of what vLLM says; its checks of options put it below a headline."""
+    if _NOT_STARTED in str(error):
+        return "a worker process ended before it was ready; what it said stands above (if nothing: it was killed)"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     said = next((line for line in lines if line.startswith("Value error, ")), lines[0]).removeprefix("Value error, ")
-    return " ".join(lines[:2]) if said.endswith(":") else said
+    said = " ".join(lines[:2]) if said.endswith(":") else said
+    if isinstance(error, ValueError):
+        return said
+    return f"{type(error).__name__}: {said.rstrip('.')}. What its workers said stands above"
 
 
 def _cache_bytes(model: Any, num_layers: int, wanted: _Wanted) -> int:

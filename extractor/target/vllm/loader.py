@@ -19,6 +19,9 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 # vLLM looks for it here, so that its workers import the loader.
 from extractor.target.vllm.capture import CaptureExtension as CaptureExtension
+from extractor.target.vllm.processes import speak_in_lines
+
+speak_in_lines()
 
 LOAD_FORMAT, EXTENSION = "dflash_cache", f"{__name__}.CaptureExtension"
 NUM_LAYERS = "num_layers"

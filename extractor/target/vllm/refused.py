@@ -38,7 +38,7 @@ def require_servable(target: TargetOptions, config: Any) -> None:
         )
     # Those of the hub would be downloaded here.
     if Path(target.name).is_dir():
-        StoredWeights(target.name, target.revision)
+        StoredWeights(target.name, target.revision).require_whole()
 
 
 def multimodal(architecture: str) -> InputError:
@@ -57,17 +57,20 @@ def require_length(config: Any, longest: int) -> None:
     """
     limit = getattr(config.get_text_config(), "max_position_embeddings", longest)
     if longest > limit:
-        raise InputError(f"--backend vllm: the target has {limit:,} positions; pass --max-length {limit}")
+        raise InputError(
+            f"--backend vllm: the target has {limit:,} positions; begin another cache with --max-length {limit}"
+        )
     text = config.get_text_config()
     if text.model_type in _WIDER_WINDOWS and longest > text.sliding_window:
         raise InputError(
             f"--backend vllm: beyond {text.sliding_window:,} tokens its window for a target of type {text.model_type} "
-            f"is a token wider than transformers'. Pass --max-length {text.sliding_window}, or --backend transformers"
+            "is a token wider than transformers'. Begin another cache with --max-length "
+            f"{text.sliding_window}, or with --backend transformers"
         )
     # vLLM decides once, by the longest request that it may get, one token of its answer included.
     short = longrope_limit(config)
     if short is not None and longest >= short:
         raise InputError(
             f"--backend vllm: the target's rotary embedding (longrope) is another from {short:,} tokens on, and vLLM "
-            f"takes one for all samples. Pass --max-length {short - 1}, or --backend transformers"
+            f"takes one for all samples. Begin another cache with --max-length {short - 1}, or --backend transformers"
         )
