@@ -1,8 +1,8 @@
 """The on-disk format of a DFlash feature cache and its reader. Light: no transformers, no datasets, no target.
 
-    from cache_format import FeatureCache
+from cache_format import FeatureCache
 
-    batch = FeatureCache.open("/data/cache").batch([0, 1])
+batch = FeatureCache.open("/data/cache").batch([0, 1])
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ DeviceMap = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 ExpertsImplementation = Literal["eager", "batched_mm", "grouped_mm"]
 Backend = Literal["transformers", "vllm"]
 ExportLayout = Literal["specforge", "speculators", "modelopt", "deepspec", "nemo-dspark", "angelslim"]
+ImportLayout = Literal["deepspec", "specforge", "speculators", "modelopt", "angelslim"]
+LastLayer = Literal["pre-norm", "post-norm"]
 
 FIELDS = (
     *("messages", "prompt", "input", "response", "calls", "chosen", "rejected", "history", "system", "tools"),

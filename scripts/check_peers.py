@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from contextlib import suppress
 from functools import partial
@@ -278,7 +279,7 @@ def speculators(work: Path) -> None:
 
 
 def deepspec(work: Path) -> None:
-    """Records, of some of the layers."""
+    """Records, of some of the layers; and what its own writer makes of the target's states, imported."""
     from deepspec.data.target_cache_dataset import CacheDataset
 
     from cache_format.adapters.deepspec import CacheRecords
@@ -286,6 +287,52 @@ def deepspec(work: Path) -> None:
     cache = FeatureCache.open(work / "cache").view(layers=LAYERS, dtype=torch.bfloat16)
     theirs = CacheDataset(str(exported(work, "deepspec", layers=LAYERS, dtype=torch.bfloat16)))
     same_records("DeepSpec", CacheRecords(cache), theirs)
+    imported_from_deepspec(work)
+
+
+def imported_from_deepspec(work: Path) -> None:
+    """Its writer's shards, index and manifest, as its prepare_target_cache.py calls them, become a cache."""
+    from deepspec.data import target_cache_dataset as theirs
+
+    out, layers, target = work / "deepspec-own", [1, 3, 5], target_of(work).to(torch.bfloat16)
+    theirs.prepare_target_cache_output_dir(str(out))
+    (rank := out / "_tmp" / "rank_0").mkdir()
+    writer, samples = theirs.LocalTargetCacheWriter(rank_dir=str(rank), max_shard_bytes=1 << 18), []
+    for i, sample in enumerate(FeatureCache.open(work / "cache")):
+        states, last = online(target, sample.input_ids, layers)
+        names = ("input_ids", "attention_mask", "loss_mask")
+        writer.write_sample(
+            sample_id=i,
+            **{name: getattr(sample, name)[0] for name in names},
+            target_hidden_states=states[0],
+            target_last_hidden_states=last[0],
+        )
+        samples.append((sample, states, last))
+    writer.close()
+    summary = {
+        "global_rank": 0,
+        "source_sample_start": 0,
+        "local_shard_files": writer.local_shard_files,
+    }
+    shard_map, shards = theirs.build_global_target_cache_shard_map([summary])
+    theirs.rename_local_target_cache_shards(
+        output_dir=str(out), rank_dir=str(rank), summary=summary, shard_map=shard_map
+    )
+    theirs.finalize_target_cache_index(output_dir=str(out), summaries=[summary], shard_map=shard_map)
+    manifest = theirs.build_target_cache_manifest(
+        num_samples=len(samples), shards=shards, target_layer_ids=layers, hidden_size=target.config.hidden_size
+    )
+    theirs.write_target_cache_manifest(output_dir=str(out), manifest=manifest)
+    theirs.cleanup_target_cache_tmp_dir(str(out))
+    command = [sys.executable, "-m", "extractor", "import", out, "--from", "deepspec", "--target", work / "tiny"]
+    options = ["--last-layer", "pre-norm", "--shard-size", "1MiB", "--device", "cpu", "--out", work / "imported"]
+    subprocess.run([str(part) for part in command + options], check=True, stdout=sys.stderr)
+    for ours, (sample, states, last) in zip(FeatureCache.open(work / "imported"), samples, strict=True):
+        assert torch.equal(ours.input_ids, sample.input_ids)
+        assert torch.equal(ours.loss_mask, sample.loss_mask)
+        assert torch.equal(ours.hidden_states, states)
+        assert torch.equal(ours.last_hidden_states, last)
+    print(f"DeepSpec: {len(samples)} samples in {len(shards)} shards of its own writer, imported: bit for bit")
 
 
 def modelopt(work: Path) -> None:

@@ -15,6 +15,7 @@ import cache_format
 import extractor
 from cache_format.codecs import CODECS
 from cache_format.export import LAYOUTS
+from cache_format.peers import PEERS
 from extractor import config
 from extractor.data.forms import FORMATS
 
@@ -26,7 +27,7 @@ FLOORS = [
     ("storage",),
     ("layout",),
     ("writing", "reading"),
-    ("upkeep", "export"),
+    ("upkeep", "export", "peers"),
     ("adapters",),
     ("extractor.config", "extractor.terminal"),
     ("extractor.data",),
@@ -128,6 +129,7 @@ def test_one_list_of_choices():
     """Help and options have them as types, so that they are refused before anything heavy is imported."""
     assert set(get_args(config.Codec)) == set(CODECS)
     assert set(get_args(config.ExportLayout)) == set(LAYOUTS)
+    assert set(get_args(config.ImportLayout)) == set(PEERS)
     assert get_args(config.RowFormat) == tuple(FORMATS)
 
 

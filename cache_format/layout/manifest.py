@@ -45,6 +45,9 @@ STATISTICS = "codec.statistics"
 CODEC_BEFORE = "codec.before"
 """Identity field: the lossy codec of the cache that this one was recoded from; the states were rounded twice."""
 
+IMPORTED_FROM = "imported_from"
+"""Identity field: the project whose offline cache the states are from; no target was run for them here."""
+
 LATER: Mapping[str, Any] = {"later": True}
 """Metadata of fields that caches of earlier versions of this package do not have. They then have their default, and are
 not written where they have it, so that such a manifest stays what it was to the byte."""
@@ -227,11 +230,10 @@ class Manifest:
     @property
     def run_again(self) -> str:
         """What makes what is missing, for a message: ``run ...``."""
-        return (
-            "run the cache's `dflash-cache extract` command again"
-            if self.command is None
-            else (f"run its command again: {self.command.shell()}")
-        )
+        if self.command is not None:
+            return f"run its command again: {self.command.shell()}"
+        made_by = "import" if IMPORTED_FROM in self.identity else "extract"
+        return f"run the cache's `dflash-cache {made_by}` command again"
 
     def schema(self) -> ShardSchema:
         """What the cache's shards have in common."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -32,8 +31,7 @@ from cache_format.layout.manifest import (
     codec_identity,
     require_same_identity,
 )
-from cache_format.layout.shard_layout import ShardSchema, shard_name
-from cache_format.layout.shard_reader import ShardFile
+from cache_format.layout.shard_layout import shard_name
 from cache_format.reading.feature_cache import FeatureCache, only_cache
 from cache_format.reading.open_cache import OpenCache
 from cache_format.storage.commit import committed, make_folder
@@ -42,7 +40,7 @@ from cache_format.storage.host_memory import host_memory
 from cache_format.storage.lock import writing
 from cache_format.storage.own_folders import begin_folders
 from cache_format.storage.paths import inside
-from cache_format.writing.encode import encode_shard
+from cache_format.writing.make_shards import ShardMaker, ShardRows, is_done, require_room
 from cache_format.writing.seal import seal
 
 _COPY_BYTES = 16 << 20
@@ -106,11 +104,12 @@ def recode(
     with writing(out):
         begin(source, out, manifest)
         schema, places = manifest.schema(), places_by_shard(source)
-        missing = [n for n in range(len(places)) if not _is_done(out, schema, n, source.index.sample_id[places[n]])]
-        _require_space(out, schema, [source.index.num_tokens[places[number]] for number in missing])
+        missing = [n for n in range(len(places)) if not is_done(out, schema, n, source.index.sample_id[places[n]])]
+        require_room(out, schema, [source.index.num_tokens[places[number]] for number in missing])
         before = [source.folder.size(shard_name(number)) or 0 for number in range(len(places))]
         progress(sum(before) - sum(before[number] for number in missing))
-        make_shards(Worker(source, places, out, schema), missing, threads, lambda number: progress(before[number]))
+        maker = ShardMaker(out, schema, SourceRows(source, places))
+        maker.make_all(missing, threads, lambda number: progress(before[number]))
         sealed = Manifest.read(out)
         sealed = sealed if sealed.state == "complete" else seal(out, sealed)
     after = [_size(out / shard_name(number)) for number in range(len(places))]
@@ -134,54 +133,25 @@ def report(where: str, sealed: Manifest, made: int, before: Sequence[int], after
     )
 
 
-def make_shards(worker: Worker, numbers: Sequence[int], threads: int, done: Callable[[int], None]) -> None:
-    """Make shards ``numbers``, ``threads`` at a time; ``done`` is told each, in this order."""
-    with ThreadPoolExecutor(threads, thread_name_prefix="recode") as pool:
-        futures = [pool.submit(worker.make, number) for number in numbers]
-        try:
-            for number, future in zip(numbers, futures, strict=True):
-                future.result()
-                done(number)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+class SourceRows:
+    """The rows of a shard as ``source`` has them, in memory that each thread uses again."""
 
-
-class Worker:
-    """Makes shards, in memory that each thread uses again."""
-
-    def __init__(
-        self,
-        source: OpenCache,
-        places: Sequence[np.ndarray],
-        out: Path,
-        schema: ShardSchema,
-        on_commit: Callable[[int], None] | None = None,
-    ):
-        """``places``: :func:`places_by_shard` of the source.
-
-        ``on_commit`` is called with each shard that stands in ``out``, from any thread.
-        """
-        self._source, self._out, self._schema, self._on_commit = source, out, schema, on_commit
-        self._places = places
+    def __init__(self, source: OpenCache, places: Sequence[np.ndarray]):
+        """``places``: :func:`places_by_shard` of the source."""
+        self._source, self._places = source, places
+        self._tensors = source.manifest.schema().raw.token_tensors
         self._thread = threading.local()
 
-    def make(self, number: int) -> None:
-        """Read, encode and commit shard ``number``."""
-        places = self._places[number]
-        index = self._source.index
-        ids, lengths = index.sample_id[places], index.num_tokens[places].astype(np.int64)
-        tensors = self._schema.raw.token_tensors
+    def __call__(self, number: int) -> ShardRows:
+        """Read and decode those of shard ``number``."""
+        places, index = self._places[number], self._source.index
         if len(places):
             # One row of all samples, one after the other: the tensors of a shard.
             batch = self._source.gather([places], allocate=self._batch_memory).decoded()
-            raw = {tensor.name: getattr(batch, tensor.name)[0] for tensor in tensors}
+            raw = {tensor.name: getattr(batch, tensor.name)[0] for tensor in self._tensors}
         else:
-            raw = {tensor.name: torch.empty(tensor.shape(0), dtype=DTYPES[tensor.dtype]) for tensor in tensors}
-        into = getattr(self._thread, "buffer", None)
-        buffer = self._thread.buffer = encode_shard(self._schema, number, ids, lengths, raw, into)
-        buffer.commit(inside(self._out, shard_name(number)), read_next=self._on_commit is not None)
-        if self._on_commit is not None:
-            self._on_commit(number)
+            raw = {tensor.name: torch.empty(tensor.shape(0), dtype=DTYPES[tensor.dtype]) for tensor in self._tensors}
+        return ShardRows(index.sample_id[places], index.num_tokens[places].astype(np.int64), raw)
 
     def _batch_memory(self, num_bytes: int) -> torch.Tensor:
         memory: torch.Tensor | None = getattr(self._thread, "memory", None)
@@ -280,31 +250,6 @@ def places_by_shard(source: OpenCache) -> list[np.ndarray]:
     order = np.lexsort((source.index.row_start, source.index.shard))
     bounds = np.searchsorted(source.index.shard[order], np.arange(source.manifest.totals.shards + 1))
     return [order[low:high] for low, high in pairwise(bounds)]
-
-
-def _is_done(out: Path, schema: ShardSchema, number: int, sample_ids: np.ndarray) -> bool:
-    """Whether a shard is there.
-
-    Raises:
-        CacheError: it is damaged, or holds other samples.
-    """
-    path = inside(out, shard_name(number))
-    if not path.exists():
-        return False
-    with ShardFile(path, schema, number) as shard:
-        if not np.array_equal(shard.sample_ids, sample_ids):
-            raise CacheError(path, f"holds other samples than planned; run `dflash-cache repair {out}`, then go on")
-    return True
-
-
-def _require_space(out: Path, schema: ShardSchema, missing: list[np.ndarray]) -> None:
-    need = sum(schema.num_bytes(0, len(lengths), int(lengths.sum())) for lengths in missing)
-    free = shutil.disk_usage(out).free
-    if free < need:
-        raise InputError(
-            f"{out}: what is missing needs about {need / 1e9:,.1f} GB but the disk has {free / 1e9:,.1f} GB free. Free "
-            "some space and run the same command again, or choose an OUT on another disk"
-        )
 
 
 def _size(path: Path) -> int:

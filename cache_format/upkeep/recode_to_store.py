@@ -15,14 +15,14 @@ from cache_format.storage.lock import writing
 from cache_format.storage.store import Store
 from cache_format.upkeep.recode import (
     RecodeReport,
-    Worker,
+    SourceRows,
     begin,
     chosen_codec,
-    make_shards,
     places_by_shard,
     recoded_manifest,
     report,
 )
+from cache_format.writing.make_shards import ShardMaker
 from cache_format.writing.upload import Upload
 
 
@@ -62,10 +62,9 @@ def recode_to_store(
         missing = [number for number in numbers if number not in upload.shards]
         progress(sum(before) - sum(before[number] for number in missing))
         schema = manifest.schema()
-        worker = Worker(
-            source, places_by_shard(source), scratch, schema, lambda number: upload.commit_shard(schema, number)
-        )
-        make_shards(worker, missing, threads, lambda number: progress(before[number]))
+        rows = SourceRows(source, places_by_shard(source))
+        maker = ShardMaker(scratch, schema, rows, lambda number: upload.commit_shard(schema, number))
+        maker.make_all(missing, threads, lambda number: progress(before[number]))
         there = upload.manifest()
         sealed = there if there is not None and there.state == "complete" else upload.seal(manifest)
     shutil.rmtree(scratch, ignore_errors=True)

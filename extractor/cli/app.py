@@ -25,6 +25,7 @@ from extractor.cli.estimate import estimate
 from extractor.cli.exit_codes import EXIT_COULD_NOT_START, EXIT_FAILED
 from extractor.cli.export import export
 from extractor.cli.extract import extract
+from extractor.cli.import_cache import import_cache
 from extractor.cli.inspect import inspect
 from extractor.cli.option_groups import spread
 from extractor.cli.preview import preview
@@ -79,6 +80,7 @@ def _options(
 
 for command in (preview, estimate, extract, append, inspect, show, report, verify, repair, export, recode, vocab_map):
     app.command(cls=Command)(spread(command))
+app.command("import", cls=Command)(spread(import_cache))
 
 
 def main() -> None:

@@ -229,8 +229,11 @@ class _Verified:
                 f"recomputed {again.samples:,} samples: no token is off by more than {again.largest_error:.2g} of its "
                 "norm in any layer"
             )
-            for layer, errors in again.layers.items():
-                show(f"  layer {layer}: worst {errors.worst:.2g}, 99 % {errors.p99:.2g}, median {errors.median:.2g}")
+            by_name = {f"layer {layer}": errors for layer, errors in again.layers.items()}
+            if again.last_hidden_states is not None:
+                by_name["last_hidden_states"] = again.last_hidden_states
+            for name, errors in by_name.items():
+                show(f"  {name}: worst {errors.worst:.2g}, 99 % {errors.p99:.2g}, median {errors.median:.2g}")
             if report.whole:
                 show("this proves: their states belong to their tokens and to that target")
         elif wanted_again:

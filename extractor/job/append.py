@@ -19,7 +19,7 @@ from cache_format.layout.collection import (
     read_collection,
     write_collection,
 )
-from cache_format.layout.manifest import LATER_IDENTITY, STATISTICS, Manifest, differing
+from cache_format.layout.manifest import IMPORTED_FROM, LATER_IDENTITY, STATISTICS, Manifest, differing
 from extractor.config import ExtractOptions, PlanOptions, PrepareOptions, TargetOptions
 
 OF_THE_DATA = ("data.digest", "samples", "row_format", "columns", "limit", "on_bad_row", STATISTICS)
@@ -44,8 +44,16 @@ def options_like(stored: Manifest, *, target: TargetOptions, prepare: PrepareOpt
         target: where the target lies and what runs it; what decides a byte is taken from ``stored``.
         prepare: what is said of the new data; the rest is taken from ``stored``.
         **options: ``out``, ``data``, ``append_to`` and other fields of ExtractOptions.
+
+    Raises:
+        InputError: it was made by no such job.
     """
     identity = stored.identity
+    if IMPORTED_FROM in identity:
+        raise InputError(
+            f"this cache was imported from {identity[IMPORTED_FROM]}, and does not say how its rows became samples; "
+            "make the new rows a cache of their own with `dflash-cache extract`, and open both as one"
+        )
     kwargs = identity.get("chat_template_kwargs")
     samples = ("max_length", "too_long", "min_loss_tokens", "loss_on", "turns", "system_prompt", "template_date")
     alike: dict[str, Any] = {name: identity[name] for name in samples if name in identity}

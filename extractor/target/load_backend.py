@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from cache_format.errors import InputError
-from cache_format.layout.captures import Captures
+from cache_format.layout.captures import LAST_HIDDEN_STATES, Captures
 from cache_format.layout.manifest import Manifest
 from extractor.config import ExtractOptions, TargetOptions
 from extractor.target.adapter import with_adapter
@@ -80,7 +80,8 @@ def load_backend_of(
     trust_remote_code: bool,
     adapter: Path | None = None,
 ) -> TargetBackend:
-    """Load target ``name`` as the cache of ``manifest`` was made with it, hidden_states alone.
+    """Load target ``name`` as the cache of ``manifest`` was made with it: hidden_states and, by transformers,
+    last_hidden_states.
 
     Args:
         manifest: of the cache.
@@ -116,14 +117,15 @@ def load_backend_of(
         revision=None,
         dtype=manifest.torch_dtype,
         device=device,
-        attn_implementation=manifest.identity["attn_implementation"] if backend == made_by else None,
+        attn_implementation=manifest.identity.get("attn_implementation") if backend == made_by else None,
         experts_implementation=manifest.identity.get("experts_implementation") if backend == made_by else None,
         trust_remote_code=trust_remote_code,
     )
     model = model if adapter is None else with_adapter(model, adapter)
     target = HFDFlashTargetModel(model, manifest.target_layer_ids)
-    padding = manifest.identity["padding"] if backend == made_by else UNMASKED
-    return TransformersBackend(target, padding, dtype=manifest.torch_dtype)
+    padding = manifest.identity.get("padding", UNMASKED) if backend == made_by else UNMASKED
+    captures = Captures(last_hidden_states=manifest.capture[LAST_HIDDEN_STATES])
+    return TransformersBackend(target, padding, captures, dtype=manifest.torch_dtype)
 
 
 def _padding_mode(target: HFDFlashTargetModel, longest: int, dtype: torch.dtype) -> str:

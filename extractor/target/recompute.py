@@ -11,6 +11,7 @@ import torch
 
 from cache_format.codecs import Codec, codec_from_dict, codec_named
 from cache_format.errors import InputError
+from cache_format.layout.captures import LAST_HIDDEN_STATES
 from cache_format.layout.manifest import CODEC_BEFORE, Manifest, require_same_identity
 from cache_format.layout.shard_layout import shard_name
 from cache_format.reading.feature_cache import FeatureCache
@@ -65,6 +66,8 @@ class RecomputeReport:
     """of any token in any layer; see Errors"""
     layers: dict[int, Errors]
     """layer id -> errors over the tokens of all samples"""
+    last_hidden_states: Errors | None = None
+    """the same of these, where the cache and the backend have them"""
     tolerance: Errors
     problems: list[Problem]
 
@@ -108,20 +111,36 @@ def recompute(
     )
     on = loaded.rows_device(on)
     target.require_unchanged()
-    tolerance = tolerance_of(manifest)
+    return recompute_with(opened, loaded, on, chosen)
+
+
+def recompute_with(
+    cache: FeatureCache, backend: TargetBackend, device: torch.device, chosen: np.ndarray
+) -> RecomputeReport:
+    """Recompute samples ``chosen`` of ``cache``, int ``[n]``, with a target that is loaded; ``device``: of its rows.
+
+    last_hidden_states are compared too, where the cache and the backend have them.
+
+    Raises:
+        CacheError: the cache cannot be read.
+    """
+    tolerance = tolerance_of(cache.manifest)
     by_token: list[np.ndarray] = []
     problems: list[Problem] = []
+    names = [f"layer {layer}" for layer in cache.target_layer_ids]
+    names += [LAST_HIDDEN_STATES] if backend.captures.last_hidden_states else []
     for i in chosen.tolist():
-        errors = token_errors(opened, i, loaded, on)
+        errors = token_errors(cache, i, backend, device)
         by_token.append(errors)
-        problems += _problems(opened, i, errors, tolerance)
+        problems += _problems(cache, i, dict(zip(names, errors.T, strict=True)), tolerance)
     together = np.concatenate(by_token)
-    layers = {layer: Errors.of(errors) for layer, errors in zip(opened.target_layer_ids, together.T, strict=True)}
+    found = [Errors.of(errors) for errors in together.T]
     return RecomputeReport(
         samples=len(chosen),
         tokens=len(together),
-        largest_error=max(errors.worst for errors in layers.values()),
-        layers=layers,
+        largest_error=max(errors.worst for errors in found),
+        layers=dict(zip(cache.target_layer_ids, found, strict=False)),
+        last_hidden_states=found[-1] if LAST_HIDDEN_STATES in names else None,
         tolerance=tolerance,
         problems=problems,
     )
@@ -138,30 +157,42 @@ def tolerance_of(manifest: Manifest) -> Errors:
 
 
 def token_errors(cache: FeatureCache, i: int, backend: TargetBackend, device: torch.device) -> np.ndarray:
-    """float32 ``[S, L]``: of each token of sample ``i`` in each layer, what is stored against what the target gives."""
+    """float32 ``[S, L]``: of each token of sample ``i`` in each layer, what is stored against what the target gives.
+    A column more where the backend captures last_hidden_states, as the cache then does."""
     sample, layers = cache[i], len(cache.target_layer_ids)
     again = torch.empty(sample.hidden_states.shape[1:], dtype=sample.hidden_states.dtype, device=device)
-    backend.forward(sample.input_ids.to(device), [len(again)], again)
+    _, extra = backend.row_memory(len(again), device)
+    backend.forward(sample.input_ids.to(device), [len(again)], again, extra)
     stored = sample.hidden_states[0].float().view(len(again), layers, -1)
     right = again.cpu().float().view_as(stored)
+    if LAST_HIDDEN_STATES in extra:
+        assert sample.last_hidden_states is not None
+        stored = torch.cat([stored, sample.last_hidden_states[0].float()[:, None]], dim=1)
+        right = torch.cat([right, extra[LAST_HIDDEN_STATES].cpu().float()[:, None]], dim=1)
     errors: np.ndarray = ((right - stored).norm(dim=-1) / right.norm(dim=-1).clamp_min(1e-20)).numpy()
     return errors
 
 
-def _problems(cache: FeatureCache, i: int, errors: np.ndarray, tolerance: Errors) -> Iterator[Problem]:
-    """A line for each layer of sample ``i`` that is off, with its worst token."""
+def _problems(cache: FeatureCache, i: int, errors: dict[str, np.ndarray], tolerance: Errors) -> Iterator[Problem]:
+    """A line for each layer of sample ``i`` that is off, with its worst token; ``errors``: by the layer's name."""
     number, sample = int(cache.index.shard[i]), int(cache.index.sample_id[i])
-    for layer, of_layer in zip(cache.target_layer_ids, errors.T, strict=True):
+    for layer, of_layer in errors.items():
         found = Errors.of(of_layer)
         if beyond := found.beyond(tolerance):
             told = (f"{name} {getattr(found, name):.2g} (at most {getattr(tolerance, name):.2g})" for name in beyond)
             token = int(np.nan_to_num(of_layer, nan=np.inf).argmax())
             why = (
-                f"layer {layer} is not what the target gives for these tokens: off by {', '.join(told)} of a token's "
+                f"{layer} is not what the target gives for these tokens: off by {', '.join(told)} of a token's "
                 f"norm, most at token {token}"
             )
             name = shard_name(number)
-            yield Problem(file=name, shard=number, sample=sample, field="hidden_states", problem=why)
+            yield Problem(
+                file=name,
+                shard=number,
+                sample=sample,
+                field=LAST_HIDDEN_STATES if layer == LAST_HIDDEN_STATES else "hidden_states",
+                problem=why,
+            )
 
 
 def _require_same_target(cache: FeatureCache, target: TargetIdentity) -> None:
