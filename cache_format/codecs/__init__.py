@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from cache_format.codecs.fp8 import Fp8Codec
-from cache_format.codecs.interface import BlockCodec, Codec, HeadTensor, RowCodec, States, TokenTensor
+from cache_format.codecs.interface import (
+    BlockCodec,
+    Codec,
+    HeadTensor,
+    LayeredBlockCodec,
+    RowCodec,
+    States,
+    TokenTensor,
+)
 from cache_format.codecs.quant import QuantCodec
 from cache_format.codecs.quant_statistics import CalibrationShare
 from cache_format.codecs.raw import RawCodec
@@ -20,6 +28,7 @@ __all__ = [
     "Codec",
     "Fp8Codec",
     "HeadTensor",
+    "LayeredBlockCodec",
     "QuantCodec",
     "RawCodec",
     "RowCodec",

@@ -5,14 +5,14 @@ The manifest holds ``codec.to_dict()``; a stored name maps to a class (codecs/__
 - a :class:`RowCodec` stores every token on its own, in tensors with one row a token. It encodes on the device, before
   the copy to the host, and decodes wherever its tensors are.
 - a :class:`BlockCodec` makes of each sample a run of bytes whose length depends on the content. It encodes and decodes
-  on the host.
+  on the host; the last step of a :class:`LayeredBlockCodec` can be done on a device.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -85,6 +85,8 @@ class Codec(ABC):
     lossless: ClassVar[bool]
     expected_ratio: ClassVar[float]
     """stored bytes over bytes before"""
+    by_layer: ClassVar[bool] = False
+    """whether each layer's bytes are apart, read and decoded without the others"""
     relative_error: ClassVar[float] = 0.0
     """bound of norm(decoded - original) / norm(original) of a token's layer, beside the rounding to the stored dtype"""
 
@@ -96,6 +98,11 @@ class Codec(ABC):
     def tensors(self, states: States) -> tuple[TokenTensor, ...]:
         """The tensors with a row for each token that stand for hidden_states."""
         return ()
+
+    def crossing(self, states: States) -> tuple[TokenTensor, ...]:
+        """The tensors with a row for each token in which states cross to a device, to be decoded there; none where they
+        are decoded on the host."""
+        return self.tensors(states)
 
     def expected_bytes(self, num_tokens: int, states: States) -> int:
         """What that many tokens' states may take, for estimates where it depends on the content."""
@@ -157,10 +164,8 @@ class Codec(ABC):
 
 
 class RowCodec(Codec):
-    """A codec that stores every token on its own."""
-
-    by_layer: ClassVar[bool] = False
-    """whether a row of each of its tensors is a part for each layer, in order and alike, decoded without the others"""
+    """A codec that stores every token on its own; with ``by_layer`` a row of each of its tensors is a part for each
+    layer, in order and alike."""
 
     @abstractmethod
     def encode(self, rows: Tensor, stored: Mapping[str, Tensor], states: States) -> Tensor | None:
@@ -224,3 +229,71 @@ class BlockCodec(Codec):
         Raises:
             ValueError: ``stored`` (uint8) is not what :meth:`encode_sample` gives.
         """
+
+
+PLACES, FEATURES = "hidden_states_places", "hidden_states_features"
+"""I64 ``[k]``: where in a batch ``[B * S * L*H]`` features stand that cross as they are; these, of the states' dtype"""
+
+FILLED = "hidden_states_filled"
+"""I64 ``[B]``: the tokens of each row of a batch, from the left; what is behind them is padding."""
+
+AsTheyAre = tuple[np.ndarray, np.ndarray]
+"""Places (int64 ``[k]``) among the features of a sample's rows, and the bits of the features there."""
+
+
+class LayeredBlockCodec(BlockCodec):
+    """A codec whose blocks keep each layer apart (``by_layer``), and whose last step can be done on a device.
+
+    ``layers``: positions of the layers wanted, in the order wanted; ``states`` are those that are given then.
+    """
+
+    by_layer = True
+
+    @abstractmethod
+    def sizes_bytes(self, num_tokens: int) -> int:
+        """At the beginning of a sample: what :meth:`layer_ranges` looks at."""
+
+    @abstractmethod
+    def layer_ranges(
+        self, stored: np.ndarray, num_tokens: int, layers: Sequence[int] | None = None
+    ) -> list[tuple[int, int]]:
+        """Of each layer, where its bytes begin and end in a sample, ``stored``.
+
+        Raises:
+            ValueError: its sizes are damaged.
+        """
+
+    @abstractmethod
+    def decode_sample(
+        self,
+        stored: np.ndarray,
+        shared: Mapping[str, np.ndarray],
+        num_tokens: int,
+        out: np.ndarray,
+        states: States,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        """See :class:`BlockCodec`; of ``stored`` only the sizes and the bytes of ``layers`` are looked at."""
+
+    @abstractmethod
+    def unpack_sample(
+        self,
+        stored: np.ndarray,
+        num_tokens: int,
+        out: Mapping[str, np.ndarray],
+        states: States,
+        layers: Sequence[int] | None = None,
+    ) -> AsTheyAre:
+        """Write the first rows of a sample into ``out``: uint8 ``[m, row_bytes]`` of each tensor of :meth:`crossing`.
+
+        Returns:
+            what has to be put into the rows once :meth:`decode` has made them.
+
+        Raises:
+            ValueError: as :meth:`decode_sample`.
+        """
+
+    @abstractmethod
+    def decode(self, crossed: Mapping[str, Tensor], states: States, layers: Sequence[int] | None = None) -> Tensor:
+        """``[B, S, L*H]`` on the device of ``crossed``: the tensors of :meth:`crossing` ``[B, S, ...]``, ``PLACES``,
+        ``FEATURES`` and ``FILLED``; the bits of :meth:`decode_sample`, and zeros where there is padding."""

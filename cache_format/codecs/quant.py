@@ -23,21 +23,36 @@ rounding of a float32 sum; then the rounding to the stored dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from cache_format.codecs.interface import BLOCK_STARTS, ENERGY, BlockCodec, Codec, HeadTensor, States
+from cache_format.codecs.interface import (
+    BLOCK_STARTS,
+    ENERGY,
+    FEATURES,
+    FILLED,
+    PLACES,
+    AsTheyAre,
+    Codec,
+    HeadTensor,
+    LayeredBlockCodec,
+    States,
+    TokenTensor,
+)
 from cache_format.codecs.quant_layers import QuantLayers
 from cache_format.codecs.quant_statistics import Statistics, statistics_for
 
 BLOCK_ELEMENTS = 1 << 17
 """A block has as many rows of a layer as hold at most this many features, and at least one."""
+
+STEPS = "hidden_states_steps"
+"""BF16 ``[B, S, L]`` beside ``hidden_states`` U8 ``[B, S, L*H]`` (the bits of int8), for a device."""
 
 QUALITIES = {"": 30.0, "fine": 37.0}
 """``--codec quant`` and ``quant:fine``: the SNR of a layer's median token, in dB."""
@@ -45,7 +60,7 @@ LEAST_DB, MOST_DB = 10.0, 60.0
 
 
 @dataclass(frozen=True)
-class QuantCodec(BlockCodec):
+class QuantCodec(LayeredBlockCodec):
     """Stores ``hidden_states_blocks``; measured on bfloat16 states of a real LLM: 0.28 of raw at 30 dB."""
 
     name = "quant"
@@ -147,7 +162,7 @@ class QuantCodec(BlockCodec):
     ) -> int:
         """See the top of the file."""
         blocks = list(_blocks(len(rows), states.hidden_size))
-        found = [self._all_layers.encoded(rows[block], energy[block], states.dtype) for block in blocks]
+        found = [self._layers().encoded(rows[block], energy[block], states.dtype) for block in blocks]
         # Layer by layer, so that one layer's bytes lie together.
         in_order = [block for of_layer in zip(*found, strict=True) for block in of_layer]
         sizes = np.array([sum(part.nbytes for part in block) for block in in_order], "<u4")
@@ -158,30 +173,99 @@ class QuantCodec(BlockCodec):
             at += len(raw)
         return at
 
+    def crossing(self, states: States) -> tuple[TokenTensor, ...]:
+        """Symbols and steps: a bit over half the bytes of bfloat16 states."""
+        return (TokenTensor("hidden_states", "U8", states.width), TokenTensor(STEPS, "BF16", states.layers))
+
+    def sizes_bytes(self, num_tokens: int) -> int:
+        """4 for each block."""
+        return 4 * self._shape[0] * len(list(_blocks(num_tokens, self._shape[1])))
+
+    def layer_ranges(
+        self, stored: np.ndarray, num_tokens: int, layers: Sequence[int] | None = None
+    ) -> list[tuple[int, int]]:
+        """See :class:`LayeredBlockCodec`: a layer's blocks lie together."""
+        ends, at_once = self._ends(stored, num_tokens), len(list(_blocks(num_tokens, self._shape[1])))
+        chosen = range(self._shape[0]) if layers is None else layers
+        return [(int(ends[layer * at_once]), int(ends[(layer + 1) * at_once])) for layer in chosen]
+
     def decode_sample(
-        self, stored: np.ndarray, shared: Mapping[str, np.ndarray], num_tokens: int, out: np.ndarray, states: States
+        self,
+        stored: np.ndarray,
+        shared: Mapping[str, np.ndarray],
+        num_tokens: int,
+        out: np.ndarray,
+        states: States,
+        layers: Sequence[int] | None = None,
     ) -> None:
         """See the top of the file."""
-        blocks = list(_blocks(num_tokens, states.hidden_size))
-        count = len(blocks) * states.layers
-        sizes = stored[: 4 * count]
-        if len(sizes) != 4 * count:
-            raise ValueError("the sizes of its blocks are cut off")
-        ends = np.cumsum([4 * count, *sizes.view("<u4").tolist()], dtype=np.int64)
-        if ends[-1] != len(stored):
-            raise ValueError(f"it has {len(stored):,} bytes, its blocks {int(ends[-1]):,}")
-        layers = self._all_layers
+        chosen = self._layers(layers)
+        for rows, blocks, count in self._each_block(stored, num_tokens, len(out), chosen):
+            chosen.decode(blocks, count, out[rows], states.dtype)
+
+    def unpack_sample(
+        self,
+        stored: np.ndarray,
+        num_tokens: int,
+        out: Mapping[str, np.ndarray],
+        states: States,
+        layers: Sequence[int] | None = None,
+    ) -> AsTheyAre:
+        """Entropy decoding; the rest, :meth:`decode` does."""
+        chosen, itemsize = self._layers(layers), states.dtype.itemsize
+        symbols, steps = out["hidden_states"].view(np.int8), out[STEPS].view("<u2")
+        places, features = [np.empty(0, np.int64)], [np.empty(0, f"<u{itemsize}")]
+        for rows, blocks, count in self._each_block(stored, num_tokens, len(symbols), chosen):
+            for row, column, values in chosen.unpack(blocks, count, symbols[rows], steps[rows], itemsize):
+                at = np.arange(rows.start, rows.stop)[row] * states.width
+                places.append(((at[:, None] if values.ndim == 2 else at) + np.arange(states.width)[column]).reshape(-1))
+                features.append(values.reshape(-1))
+        return np.concatenate(places), np.concatenate(features)
+
+    def decode(self, crossed: Mapping[str, Tensor], states: States, layers: Sequence[int] | None = None) -> Tensor:
+        """See :class:`LayeredBlockCodec`. A step times a symbol is exact in float32, so that one rounding, that of the
+        sum, comes before the one to the stored dtype: the same bits on every device that adds as IEEE 754 says.
+        """
+        symbols, steps = crossed["hidden_states"].view(torch.int8), crossed[STEPS]
+        return self._layers(layers).decode_on_device(
+            symbols, steps, crossed[FILLED], crossed[PLACES], crossed[FEATURES], states.dtype
+        )
+
+    def _each_block(
+        self, stored: np.ndarray, num_tokens: int, wanted: int, layers: QuantLayers
+    ) -> Iterator[tuple[slice, list[np.ndarray], int]]:
+        """Of the blocks that hold the first ``wanted`` rows: those of them, a block of each layer, its rows."""
+        ends, blocks = self._ends(stored, num_tokens), list(_blocks(num_tokens, self._shape[1]))
         for number, block in enumerate(blocks):
-            if block.start < len(out):
+            if block.start < wanted:
                 places = [layer * len(blocks) + number for layer in layers.chosen]
                 of_layers = [stored[ends[place] : ends[place + 1]] for place in places]
-                layers.decode(of_layers, block.stop - block.start, out[block], states.dtype)
+                yield slice(block.start, min(block.stop, wanted)), of_layers, block.stop - block.start
 
-    @cached_property
-    def _all_layers(self) -> QuantLayers:
+    def _ends(self, stored: np.ndarray, num_tokens: int) -> np.ndarray:
+        """Where the sizes end, and each block, layer by layer."""
+        size = self.sizes_bytes(num_tokens)
+        sizes = stored[:size]
+        if len(sizes) != size:
+            raise ValueError("the sizes of its blocks are cut off")
+        ends = np.cumsum([size, *sizes.view("<u4").tolist()], dtype=np.int64)
+        if ends[-1] != len(stored):
+            raise ValueError(f"it has {len(stored):,} bytes, its blocks {int(ends[-1]):,}")
+        return ends
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self._layers().shape
+
+    def _layers(self, layers: Sequence[int] | None = None) -> QuantLayers:
+        """Those of the statistics, or ``layers`` of them: made once."""
         if self.statistics is None:
             raise ValueError(f"codec {self.name} has not seen the states yet")
-        return QuantLayers(self.statistics, range(len(self.statistics.step)))
+        chosen = tuple(range(len(self.statistics.step)) if layers is None else layers)
+        made: dict[tuple[int, ...], QuantLayers] = self.__dict__.setdefault("_made", {})
+        if chosen not in made:
+            made[chosen] = QuantLayers(self.statistics, chosen)
+        return made[chosen]
 
 
 def _blocks(num_tokens: int, hidden_size: int) -> Iterator[slice]:

@@ -20,6 +20,9 @@ from cache_format.codecs.quant_statistics import GROUPS, Statistics
 _AT_ONCE = 1 << 18
 """Features that are worked on at a time. Measured: with half as many the calls cost more than a larger cache saves."""
 
+_ON_DEVICE = 1 << 24
+"""The same on a device: float32 of so many take 64 MiB."""
+
 _ONE_THREAD = 1 << 15
 """For so few features torch starts no threads."""
 
@@ -31,6 +34,9 @@ _MOST_FLOAT16 = 32768.0
 
 Block = list[np.ndarray]
 """The parts of one layer's block, in order."""
+
+AsTheyAre = tuple[np.ndarray | slice, np.ndarray | slice, np.ndarray]
+"""Rows, columns, and the bits of the features there ``[k]``; slices where they are a whole layer's, ``[m, H]``."""
 
 
 class QuantLayers:
@@ -55,15 +61,19 @@ class QuantLayers:
         self._sorted, self._unsorted = torch.from_numpy(places), torch.from_numpy(np.argsort(places))
         self._is_sorted = bool((np.diff(places) > 0).all())
 
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
     @property
-    def _shape(self) -> tuple[int, int]:
-        return self._mean.shape
+    def shape(self) -> tuple[int, int]:
+        """Layers, and channels of each."""
+        layers, hidden_size = self._mean.shape
+        return layers, hidden_size
 
     # -- encode -------------------------------------------------------------------------------------------------------
 
     def encoded(self, rows: np.ndarray, energy: np.ndarray, dtype: torch.dtype) -> list[Block]:
         """Of each layer the block of ``rows [n, L*H]``; writes ``energy [n, 2, L]``: of features, of errors."""
-        count, (layers, hidden_size) = len(rows), self._shape
+        count, (layers, hidden_size) = len(rows), self.shape
         symbols, steps = _symbols(rows.shape), np.empty((count, layers), np.float32)
         places = [np.empty((3, 0), np.int64)]
         for part in _parts(count, rows.shape[1], _AT_ONCE):
@@ -95,7 +105,7 @@ class QuantLayers:
         Returns:
             int64 ``[3, k]``: row, layer and channel of what is stored as it is, ascending.
         """
-        layers, hidden_size = self._shape
+        layers, hidden_size = self.shape
         numbers, rest = _scratch(rows.shape)
         by_layer, rest_by_layer = numbers.reshape(-1, hidden_size), rest.reshape(-1, hidden_size)
         _widen(rows, dtype, numbers)
@@ -140,14 +150,31 @@ class QuantLayers:
         Raises:
             ValueError: they are damaged.
         """
-        rows, (layers, hidden_size) = len(out), self._shape
-        symbols, steps = _symbols(out.shape), np.zeros((rows, layers), np.uint32)
-        as_they_are = []
+        symbols, steps = _symbols(out.shape), np.zeros((len(out), self.shape[0]), np.uint16)
+        as_they_are = self.unpack(blocks, count, symbols, steps, out.itemsize)
+        self._dequantise(symbols, (steps.astype(np.uint32) << 16).view(np.float32), _as_tensor(out, dtype))
+        for row, column, features in as_they_are:
+            out[row, column] = features
+
+    def unpack(
+        self, blocks: Sequence[np.ndarray], count: int, symbols: np.ndarray, steps: np.ndarray, itemsize: int
+    ) -> list[AsTheyAre]:
+        """Entropy-decode the first rows of blocks of ``count`` into ``symbols [m, L*H]`` (int8, sorted by group) and
+        ``steps [m, L]`` (bfloat16's bits).
+
+        Returns:
+            what is to stand in the rows as it is, features being of ``itemsize`` bytes.
+
+        Raises:
+            ValueError: they are damaged.
+        """
+        rows, hidden_size = len(symbols), self.shape[1]
+        as_they_are: list[AsTheyAre] = []
         for number, (block, groups) in enumerate(zip(blocks, self._groups, strict=True)):
-            if len(block) == count * hidden_size * out.itemsize:
-                symbols[:, groups[0].start : groups[-1].stop] = 0
+            if len(block) == count * hidden_size * itemsize:
+                symbols[:, groups[0].start : groups[-1].stop], steps[:, number] = 0, 0
                 columns = slice(number * hidden_size, (number + 1) * hidden_size)
-                as_they_are.append((np.s_[:, columns], block.view(out.dtype).reshape(count, -1)[:rows]))
+                as_they_are.append((slice(None), columns, block.view(f"<u{itemsize}").reshape(count, -1)[:rows]))
                 continue
             begin = 2 * count + 4 * (1 + len(groups))
             if len(block) < begin:
@@ -155,7 +182,7 @@ class QuantLayers:
             # Bytes that are not aligned are copied first.
             steps[:, number] = block[: 2 * rows].copy().view("<u2")
             num_escaped, *sizes = block[2 * count : begin].copy().view("<u4").tolist()
-            if begin + sum(sizes) + num_escaped * (4 + out.itemsize) != len(block):
+            if begin + sum(sizes) + num_escaped * (4 + itemsize) != len(block):
                 raise ValueError("the sizes in a block do not add up")
             for group, size in zip(groups, sizes, strict=True):
                 width = group.stop - group.start
@@ -168,14 +195,38 @@ class QuantLayers:
                     raise ValueError("a block has a feature beyond its end")
                 within = places < rows * hidden_size
                 row, channel = places[within] // hidden_size, places[within] % hidden_size
-                features = block[begin + 4 * num_escaped :].copy().view(out.dtype)[within]
-                as_they_are.append(((row, number * hidden_size + channel), features))
-        self._dequantise(symbols, (steps << 16).view(np.float32), _as_tensor(out, dtype))
-        for at, features in as_they_are:
-            out[at] = features
+                features = block[begin + 4 * num_escaped :].copy().view(f"<u{itemsize}")[within]
+                as_they_are.append((row, number * hidden_size + channel, features))
+        return as_they_are
+
+    def decode_on_device(
+        self, symbols: Tensor, steps: Tensor, filled: Tensor, places: Tensor, features: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """``[B, S, L*H]`` of ``symbols`` and ``steps [B, S, L]`` where they are, without waiting.
+
+        The first ``filled [B]`` tokens of a row; zeros behind them. ``features`` go to ``places`` as they are.
+        """
+        (layers, hidden_size), device = self.shape, symbols.device
+        if device not in self._tables:
+            # Waited for, so that every stream may look at them.
+            self._tables[device] = (self._mean_tensor.to(device), self._unsorted.int().to(device))
+        mean, unsorted = self._tables[device]
+        out = torch.empty(symbols.shape, dtype=dtype, device=device)
+        is_padding = torch.arange(symbols.shape[1], device=device) >= filled[:, None]
+        flat = [tensor.flatten(0, 1) for tensor in (symbols, steps, is_padding, out)]
+        for part in _parts(len(flat[0]), symbols.shape[2], _ON_DEVICE):
+            number, step, is_none, decoded = (tensor[part] for tensor in flat)
+            if not self._is_sorted:
+                number = number.index_select(1, unsorted)
+            states = torch.addcmul(mean, number.float().unflatten(1, (layers, hidden_size)), step.float()[..., None])
+            decoded.copy_(states.masked_fill_(is_none[:, None, None], 0).flatten(1))
+        if len(places):
+            bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+            out.view(bits).view(-1).index_copy_(0, places, features.view(bits))
+        return out
 
     def _dequantise(self, symbols: np.ndarray, steps: np.ndarray, out: Tensor) -> None:
-        layers, hidden_size = self._shape
+        layers, hidden_size = self.shape
         at_once = _AT_ONCE if torch.get_num_threads() == 1 else _ONE_THREAD
         by_layer, all_steps = out.unflatten(1, (layers, hidden_size)), torch.from_numpy(steps)[..., None]
         for part in _parts(len(out), out.shape[1], at_once):

@@ -247,8 +247,8 @@ class FeatureCache(Dataset):
         """This cache with only some of its layers, or in another dtype; shares what is open, copies nothing.
 
         Args:
-            layers: ids of decoder layers, any of the cache's ``target_layer_ids`` in any order. The raw and fp8 codecs
-                read and decode only these; of another codec, and of a cache at a URL, the others are read along.
+            layers: ids of decoder layers, any of the cache's ``target_layer_ids`` in any order. All codecs but
+                zbits decode only these, and read only these where the cache is on a disk.
             dtype: of hidden_states, last_hidden_states, logits_topk_values, embeddings and head: float32, bfloat16,
                 float16 or float64. Values are those of ``tensor.to(dtype)``; float16 ends at 65,504, which a target's
                 first tokens may exceed.
@@ -367,8 +367,9 @@ class FeatureCache(Dataset):
             device: where batches are wanted; copies to a CUDA device overlap with the trainer's work.
             threads: that read.
             prefetch: batches that are read ahead.
-            decode_on_host: decode the fp8 codec on the host, not on the CUDA device; twice the bytes cross the bus, and
-                the device computes nothing. zbits is always decoded on the host, by the reading threads.
+            decode_on_host: decode fp8 and quant on the host, not on the CUDA device; twice the bytes cross the bus, and
+                the device computes nothing. zbits is always decoded on the host, by the reading threads, and so is what
+                quant coded: its steps and symbols cross.
             layers: only these of the stored layers, in this order, as for :meth:`view`.
             dtype: of the states, as for :meth:`view`; cast by the reading threads, or on the CUDA device.
 

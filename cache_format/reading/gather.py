@@ -3,14 +3,16 @@
 States that a codec encoded are read piece by piece into memory that each thread uses again and decoded to their places;
 raw ones that a view casts are cast on the way from the page cache, where the system lets them (bfloat16 to float32: 1.0
 times the processor time of a batch that is not cast; 1.45 times with a read between). Or, where the batch goes to a
-device, those of a :class:`RowCodec` stay as they are and are decoded and cast there.
+device, those of a :class:`RowCodec` stay as they are, those of a :class:`LayeredBlockCodec` are unpacked, and both are
+decoded and cast there.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,9 +20,10 @@ import torch
 from torch import Tensor
 
 from cache_format.batch import DFlashTargetBatch
-from cache_format.codecs import BlockCodec, RawCodec, RowCodec, TokenTensor
+from cache_format.codecs import BlockCodec, LayeredBlockCodec, RawCodec, RowCodec, TokenTensor
 from cache_format.codecs.dtypes import DTYPE_NAMES, DTYPES
-from cache_format.codecs.interface import BLOCKS
+from cache_format.codecs.interface import BLOCKS, FEATURES, FILLED, PLACES, AsTheyAre
+from cache_format.device import sent
 from cache_format.errors import CacheError
 from cache_format.layout.shard_layout import ShardSchema
 from cache_format.layout.shard_reader import ShardFile
@@ -64,22 +67,31 @@ class Gathered:
     batch: DFlashTargetBatch
     """its hidden_states are still encoded where ``encoded`` is not empty"""
     encoded: dict[str, Tensor] = field(default_factory=dict)
-    """the codec's tensors ``[B, S, ...]``"""
+    """the codec's tensors ``[B, S, ...]``, in the batch's memory"""
+    beside: dict[str, Tensor] = field(default_factory=dict)
+    """of a :class:`LayeredBlockCodec`: what is of no fixed size, in memory that is not page-locked"""
     view: View = STORED
     """what is still to be done to the states"""
 
     def to(self, device: torch.device | str) -> Gathered:
         """Copy it, without waiting; what stands in the batch for encoded states is copied once."""
         encoded = {name: tensor.to(device, non_blocking=True) for name, tensor in self.encoded.items()}
+        beside = {name: sent(tensor, torch.device(device)) for name, tensor in self.beside.items()}
         states = encoded.get("hidden_states", self.batch.hidden_states)
         batch = replace(self.batch, hidden_states=states).to(device, non_blocking=True)
-        return replace(self, batch=batch, encoded=encoded)
+        return replace(self, batch=batch, encoded=encoded, beside=beside)
 
     def decoded(self) -> DFlashTargetBatch:
         """The batch, its hidden_states decoded, and cast, where they are."""
         batch, codec = self.batch, self.schema.codec
-        if self.encoded and isinstance(codec, RowCodec):
-            batch = replace(batch, hidden_states=codec.decode(self.encoded, self.view.read(self.schema)))
+        if self.encoded:
+            read = self.view.read(self.schema)
+            if isinstance(codec, LayeredBlockCodec):
+                states = codec.decode(self.encoded | self.beside, read, self.view.layers)
+            else:
+                assert isinstance(codec, RowCodec)
+                states = codec.decode(self.encoded, read)
+            batch = replace(batch, hidden_states=states)
         if self.view == STORED:
             return batch
         fields = {name: getattr(batch, name) for name in CAST if getattr(batch, name) is not None}
@@ -97,6 +109,7 @@ class _Place:
 
 def batch_bytes(schema: ShardSchema, tokens: int, decode: bool = True, view: View = STORED) -> int:
     """Memory of a batch of ``tokens`` tokens, padding included; ``decode`` and ``view`` as for :func:`gather`."""
+    decode = decode or not schema.codec.crossing(schema.states)
     return max(place.stop for place in _layout(_batch_tensors(schema, view, decode), tokens).values())
 
 
@@ -116,7 +129,7 @@ def gather(
         schema: of the shards; where theirs differ, it is in the codec, and ``decode`` is True.
         pieces: of each row from left to right, without gaps.
         allocate: gives uint8 memory, of a size in bytes, for all tensors of the batch together.
-        decode: False: leave states encoded and not cast, where each token is on its own (a :class:`RowCodec`).
+        decode: False: leave states for a device to decode and cast, where the codec can be decoded there.
         readers: threads that read the pieces side by side; None: one after the other.
         view: which layers, and in which dtype.
 
@@ -124,7 +137,7 @@ def gather(
         CacheError: a shard ended early; a sample cannot be decoded; what a piece's ``check`` raises.
         StorageError: the operating system refused.
     """
-    decode = decode or isinstance(schema.codec, BlockCodec)
+    decode = decode or not schema.codec.crossing(schema.states)
     in_batch = _batch_tensors(schema, view, decode)
     places = _layout(in_batch, rows * length)
     memory = allocate(max(place.stop for place in places.values()))
@@ -133,9 +146,14 @@ def gather(
         for name, place in places.items()
     }
 
+    features: list[tuple[np.ndarray, np.ndarray]] = []
+
     def fill(piece: Piece) -> None:
         targets = {name: array[piece.row, piece.at : piece.at + piece.length] for name, array in arrays.items()}
-        _fill(piece, targets, view, decode)
+        as_they_are = _fill(piece, targets, view, decode)
+        if as_they_are is not None:
+            first = (piece.row * length + piece.at) * view.read(schema).width
+            features.append((first + as_they_are[0], as_they_are[1]))
 
     filled = [0] * rows
     for piece in pieces:
@@ -152,11 +170,23 @@ def gather(
         for tensor in in_batch
     }
     captures = {tensor.name: widened(tensors[tensor.name]) for tensor in schema.captures}
-    encoded = (
-        {} if decode or isinstance(schema.codec, RawCodec) else {t.name: tensors[t.name] for t in _encoded(schema)}
-    )
     batch = DFlashTargetBatch(tensors["hidden_states"], *(tensors[name] for name in INT64_FIELDS), **captures)
-    return Gathered(schema, batch, encoded, STORED if decode else view)
+    if decode:
+        return Gathered(schema, batch)
+    if isinstance(schema.codec, RawCodec):
+        return Gathered(schema, batch, view=view)
+    encoded = {tensor.name: tensors[tensor.name] for tensor in schema.codec.crossing(schema.states)}
+    beside = _beside(features, filled, schema) if isinstance(schema.codec, LayeredBlockCodec) else {}
+    return Gathered(schema, batch, encoded, beside, view)
+
+
+def _beside(
+    features: Sequence[tuple[np.ndarray, np.ndarray]], filled: Sequence[int], schema: ShardSchema
+) -> dict[str, Tensor]:
+    """What a :class:`LayeredBlockCodec` decodes beside its tensors: ``features`` of all samples, at their places."""
+    places, bits = (np.concatenate(parts) for parts in zip(*features, strict=True))
+    as_they_are = torch.from_numpy(bits.view(f"<i{bits.itemsize}")).view(schema.states.dtype)
+    return {PLACES: torch.from_numpy(places), FEATURES: as_they_are, FILLED: torch.tensor(filled)}
 
 
 def widened(stored: Tensor) -> Tensor:
@@ -179,7 +209,7 @@ def _batch_tensors(schema: ShardSchema, view: View, decode: bool) -> list[TokenT
     encoded = {tensor.name for tensor in _encoded(schema)}
     others = [tensor for tensor in schema.token_tensors if tensor.name not in encoded]
     if not decode:
-        return [*schema.codec.tensors(view.read(schema)), *others]
+        return [*schema.codec.crossing(view.read(schema)), *others]
     return [*states, *(replace(tensor, dtype=_cast_dtype(tensor, schema, view)) for tensor in others)]
 
 
@@ -197,12 +227,14 @@ def _layout(in_batch: Sequence[TokenTensor], tokens: int) -> dict[str, _Place]:
     return places
 
 
-def _fill(piece: Piece, targets: dict[str, np.ndarray], view: View, decode: bool) -> None:
-    """Read one sample to its places, ``targets``: uint8 ``[length, row_bytes]`` of each tensor of the batch."""
+def _fill(piece: Piece, targets: dict[str, np.ndarray], view: View, decode: bool) -> AsTheyAre | None:
+    """Read one sample to its places, ``targets``: uint8 ``[length, row_bytes]`` of each tensor of the batch; what a
+    device has to put in beside."""
     schema, aside = piece.shard.schema, _Aside()
     codec = schema.codec
     if isinstance(codec, BlockCodec):
-        stored = {BLOCKS: _read_block(piece, aside)}
+        block, is_whole = _read_block(piece, view, aside)
+        stored = {BLOCKS: block} if is_whole else {}
     else:
         stored = _read_states(piece, targets, view, decode, aside)
     encoded = {tensor.name for tensor in _encoded(schema)}
@@ -221,8 +253,7 @@ def _fill(piece: Piece, targets: dict[str, np.ndarray], view: View, decode: bool
     if piece.check is not None:
         names = [*(tensor.name for tensor in schema.token_tensors), *([BLOCKS] if schema.has_blocks else [])]
         piece.check(piece, [stored[name] for name in names] if stored.keys() >= set(names) else None)
-    if isinstance(codec, BlockCodec):
-        _decode_block(piece, codec, stored[BLOCKS], targets["hidden_states"], view, aside)
+    return _decode_block(piece, block, targets, view, decode, aside) if isinstance(codec, BlockCodec) else None
 
 
 def _read_states(
@@ -275,35 +306,65 @@ def _decode_rows(codec: RowCodec, schema: ShardSchema, encoded: dict[str, Tensor
     out.copy_(view.selected(states, schema))
 
 
-def _read_block(piece: Piece, aside: _Aside) -> np.ndarray:
-    offset, size = piece.shard.block_range(piece.shard.position_at(piece.start))
+def _read_block(piece: Piece, view: View, aside: _Aside) -> tuple[np.ndarray, bool]:
+    """A sample's bytes (uint8), and whether they are all there, or those of the layers that ``view`` wants alone."""
+    shard, codec = piece.shard, piece.shard.schema.codec
+    offset, size = shard.block_range(shard.position_at(piece.start))
     block = aside.take(size)
-    piece.shard.read_into(offset, block)
-    return block
+    # As a whole where its checksum is wanted, or where each read is a request to a store.
+    if view.layers is None or not isinstance(codec, LayeredBlockCodec) or piece.check is not None or not shard.is_local:
+        shard.read_into(offset, block)
+        return block, True
+    with _told(piece):
+        num_tokens = _num_tokens(piece)
+        shard.read_into(offset, block[: codec.sizes_bytes(num_tokens)])
+        ranges = codec.layer_ranges(block, num_tokens, view.layers)
+    for start, stop in ranges:
+        shard.read_into(offset + start, block[start:stop])
+    return block, False
 
 
 def _decode_block(
-    piece: Piece, codec: BlockCodec, block: np.ndarray, target: np.ndarray, view: View, aside: _Aside
-) -> None:
-    """Decode a sample's block into ``target`` (uint8 ``[length, row_bytes]``)."""
-    shard, schema = piece.shard, piece.shard.schema
-    position = shard.position_at(piece.start)
+    piece: Piece, block: np.ndarray, targets: dict[str, np.ndarray], view: View, decode: bool, aside: _Aside
+) -> AsTheyAre | None:
+    """Decode a sample's block into its place, or unpack it to its places."""
+    schema, num_tokens, target = piece.shard.schema, _num_tokens(piece), targets["hidden_states"]
+    codec, read = schema.codec, view.read(schema)
+    if not decode:
+        assert isinstance(codec, LayeredBlockCodec)
+        with _told(piece):
+            return codec.unpack_sample(block, num_tokens, targets, read, view.layers)
     is_plain = view.is_decoded(schema)
-    out = target if is_plain else aside.take(len(target) * schema.states.row_bytes).reshape(len(target), -1)
-    num_tokens = int(shard.cu_seqlens[position + 1]) - piece.start
+    out = target if is_plain else aside.take(len(target) * read.row_bytes).reshape(len(target), -1)
+    bits = out.view(f"<u{read.dtype.itemsize}")
+    with _told(piece):
+        if isinstance(codec, LayeredBlockCodec):
+            codec.decode_sample(block, piece.shard.codec_head, num_tokens, bits, read, view.layers)
+        else:
+            assert isinstance(codec, BlockCodec)
+            codec.decode_sample(block, piece.shard.codec_head, num_tokens, bits, read)
+    if not is_plain:
+        states, wanted = _rows(out, DTYPE_NAMES[read.dtype]), _rows(target, DTYPE_NAMES[view.given(schema).dtype])
+        step = max(1, _ELEMENTS // read.width)
+        for start in range(0, len(target), step):
+            rows = slice(start, start + step)
+            wanted[rows].copy_(view.selected(states[rows], schema))
+    return None
+
+
+def _num_tokens(piece: Piece) -> int:
+    """Of the whole sample that a piece begins."""
+    return int(piece.shard.cu_seqlens[piece.shard.position_at(piece.start) + 1]) - piece.start
+
+
+@contextmanager
+def _told(piece: Piece) -> Iterator[None]:
+    """Name the sample whose bytes cannot be decoded."""
     try:
-        bits = out.view(f"<u{schema.states.dtype.itemsize}")
-        codec.decode_sample(block, shard.codec_head, num_tokens, bits, schema.states)
+        yield
     except ValueError as error:
-        sample = int(shard.sample_ids[position])
-        raise CacheError(shard.where, f"sample {sample} cannot be decoded: {error}") from None
-    if is_plain:
-        return
-    states, wanted = _rows(out, DTYPE_NAMES[schema.states.dtype]), _rows(target, DTYPE_NAMES[view.given(schema).dtype])
-    step = max(1, _ELEMENTS // schema.states.width)
-    for start in range(0, len(target), step):
-        rows = slice(start, start + step)
-        wanted[rows].copy_(view.selected(states[rows], schema))
+        sample = int(piece.shard.sample_ids[piece.shard.position_at(piece.start)])
+        raise CacheError(piece.shard.where, f"sample {sample} cannot be decoded: {error}") from None
 
 
 def _rows(data: np.ndarray, dtype: str) -> Tensor:

@@ -70,7 +70,7 @@ class JoinedCaches(BatchSource):
     @property
     def decodes_on_host(self) -> bool:
         """See :class:`BatchSource`."""
-        return len({part.schema.codec for part in self.parts}) > 1
+        return any(part.schema.codec != self.schema.codec for part in self.parts)
 
     def sample(self, i: int) -> DFlashTargetBatch:
         """See :class:`BatchSource`."""

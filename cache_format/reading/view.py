@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cache_format.codecs import RowCodec, States, TokenTensor
+from cache_format.codecs import States, TokenTensor
 from cache_format.errors import InputError
 from cache_format.layout.captures import LAST_HIDDEN_STATES, TOPK_VALUES
 from cache_format.layout.manifest import Manifest
@@ -68,7 +68,7 @@ class View:
     @staticmethod
     def by_layer(schema: ShardSchema) -> bool:
         """Whether layers are stored so that each can be read and decoded on its own."""
-        return isinstance(schema.codec, RowCodec) and schema.codec.by_layer
+        return schema.codec.by_layer
 
 
 STORED = View()
