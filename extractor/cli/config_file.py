@@ -86,11 +86,14 @@ def as_config(cache: str, command: CommandLine | None) -> str:
         return command.paths[path] + text[len(path) :] if path else text
 
     values = {key: each_text(absolute, value) for key, value in command.options.items()}
-    values = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in values.items()}
+    single = {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in values.items()}
+    written = {
+        key: int(str(value)) if re.fullmatch("0|[1-9][0-9]*", str(value)) else value for key, value in single.items()
+    }
     lines = [f"# dflash-cache {command.arguments[0]} --config THIS_FILE"]
     if any(LEFT_OUT in text for value in values.values() for text in texts(value)):
         lines.append(f"# {LEFT_OUT} stands for what may be a secret: write it in.")
-    return "\n".join([*lines, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10**6).rstrip()])
+    return "\n".join([*lines, yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=10**6).rstrip()])
 
 
 def _by_key(parameters: Iterable[Parameter]) -> dict[str, tuple[str, Shown]]:
