@@ -1,8 +1,10 @@
 """The on-disk format of a DFlash feature cache and its reader. Light: no transformers, no datasets, no target.
 
-from cache_format import FeatureCache
+A first batch:
 
-batch = FeatureCache.open("/data/cache").batch([0, 1])
+    from cache_format import FeatureCache
+
+    batch = FeatureCache.open("/data/cache").batch([0, 1])
 """
 
 from __future__ import annotations
