@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 from torch.utils import _pytree as pytree
+from torch.utils._device import _device_constructors
 from torch.utils.backend_registration import (
     _DummyBackendModule,
     _setup_privateuseone_for_python_backend,
@@ -467,6 +468,8 @@ def install(seed: int = 0, memory: int = 1 << 34, seconds_of_a_thread: float = 0
 def _pin_by_hand() -> None:
     """torch asks a part of the device written in C++ for page-locked memory; there is none here."""
     empty: Callable[..., torch.Tensor] = torch.empty
+    # Before it is replaced: models are built on the device meta, which is done to the functions that are found then.
+    _device_constructors()
 
     def pinned_empty(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
         if not pin_memory:
