@@ -14,6 +14,10 @@ Then it measures, and writes figures.json and (where matplotlib is installed) cu
                   target's files opened or mapped
 Exit code 1 if a loss of equal batches differs in a bit, the trainer touches the target, or acceptance does not rise
 above 1.
+
+    python scripts/prove_offline.py --target real --out .proof-real
+
+does it with a real language model, from PyPI, and a draft for each codec: real_drafts.py says what is measured.
 """
 
 from __future__ import annotations
@@ -39,6 +43,12 @@ from extractor.target.hooks import HFDFlashTargetModel
 
 HELD_OUT = 200
 """Rows that neither target nor draft are trained on."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "tiny": {"rows": 4000, "steps": 1500, "equal_steps": 300, "prompts": 40},
+    "real": {"rows": 600, "steps": 200, "equal_steps": 10, "prompts": 12},
+}
+"""By target."""
 
 
 def orders(count: int, batch_size: int, steps: int, seed: int) -> list[np.ndarray]:
@@ -162,16 +172,22 @@ def command(*arguments: object) -> None:
     subprocess.run([str(argument) for argument in arguments], check=True)
 
 
+def write_rows(out: Path, rows: int) -> tuple[Path, Path]:
+    """Chats to train on and chats that are held out, as far as they are not there yet."""
+    out.mkdir(parents=True, exist_ok=True)
+    train_rows, held_rows = out / "train.jsonl", out / "held-out.jsonl"
+    if not held_rows.exists():
+        write_demo_data(out / "all.jsonl", rows)
+        lines = (out / "all.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        train_rows.write_text("".join(lines[:-HELD_OUT]), encoding="utf-8")
+        held_rows.write_text("".join(lines[-HELD_OUT:]), encoding="utf-8")
+    return train_rows, held_rows
+
+
 def prepare_target(args: argparse.Namespace) -> None:
     """Chat data and a target trained on it, as far as they are not there yet."""
     scripts = Path(__file__).parent
-    args.out.mkdir(parents=True, exist_ok=True)
-    train_rows, held_rows = args.out / "train.jsonl", args.out / "held-out.jsonl"
-    if not held_rows.exists():
-        write_demo_data(args.out / "all.jsonl", args.rows)
-        lines = (args.out / "all.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        train_rows.write_text("".join(lines[:-HELD_OUT]), encoding="utf-8")
-        held_rows.write_text("".join(lines[-HELD_OUT:]), encoding="utf-8")
+    train_rows, held_rows = write_rows(args.out, args.rows)
     if not (args.out / "target" / "model.safetensors").exists():
         options = ["--data", train_rows, "--held-out", held_rows, "--steps", args.target_steps]
         command(sys.executable, scripts / "train_tiny_target.py", "--out", args.out / "target", *options)
@@ -203,14 +219,22 @@ def held_out_prompts(args: argparse.Namespace) -> list[list[int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for everything; what is there is used again")
-    parser.add_argument("--rows", type=int, default=4000, help="conversations, 200 of them held out")
+    parser.add_argument("--target", choices=["tiny", "real"], default="tiny", help="real: see real_drafts.py")
+    parser.add_argument("--rows", type=int, help="conversations, 200 of them held out; 4,000, of real ones 600")
     parser.add_argument("--target-steps", type=int, default=1200, help="steps that the target is trained")
-    parser.add_argument("--steps", type=int, default=1500, help="steps that the draft is trained, batches of 8")
-    parser.add_argument("--equal-steps", type=int, default=300, help="steps of the bit-for-bit run, batches of 1")
-    parser.add_argument("--prompts", type=int, default=40, help="held-out questions to decode")
+    parser.add_argument("--steps", type=int, help="steps that a draft is trained: 1,500 batches of 8, or 200 of 4")
+    parser.add_argument("--equal-steps", type=int, help="steps of the bit-for-bit run, batches of 1: 300, or 10")
+    parser.add_argument("--prompts", type=int, help="held-out questions to decode: 40, or 12")
     parser.add_argument("--length", type=int, default=48, help="tokens of each answer")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="with --target real: drafts of each codec")
     args = parser.parse_args()
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    args = argparse.Namespace(**DEFAULTS[args.target] | given)
+    if args.target == "real":
+        from real_drafts import RealDrafts
+
+        sys.exit(0 if RealDrafts(args).all() else 1)
 
     prepare_target(args)
     cache = extract(args, "cache")

@@ -63,6 +63,33 @@ def decode_with_draft(
     return Decoded(tokens=answer[:length], passes=passes)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the target says by itself, with its states: enough to see what a draft would have been good for."""
+
+    ids: list[int]
+    """prompt and answer, S tokens, each of the answer the one that the target would choose after those before"""
+    prompt: int
+    """tokens of the prompt"""
+    states: Tensor
+    """``[1, S, L*H]``"""
+
+
+@torch.no_grad()
+def replay(answer: Answer, draft: Draft, embed: nn.Module, head: nn.Module) -> int:
+    """Passes of the target that :func:`decode_with_draft` would take for ``answer``, without running the target.
+
+    It would give these very tokens, so it is known already what the target says to each proposal.
+    """
+    ids, at, passes = answer.ids, answer.prompt, 0
+    while at < len(ids) - 1:
+        proposed = draft.propose(answer.states[:, :at], ids[at], embed, head).tolist()
+        pairs = zip(proposed, ids[at + 1 :], strict=False)
+        at += 1 + next((i for i, (guess, right) in enumerate(pairs) if guess != right), len(proposed))
+        passes += 1
+    return passes
+
+
 def run(target: HFDFlashTargetModel, ids: list[int]) -> tuple[Tensor, list[int]]:
     """Captured states ``[1, S, L*H]``, and the token that the target would choose after each of ``ids``."""
     row = torch.tensor([ids], device=target.get_input_embeddings().weight.device)
