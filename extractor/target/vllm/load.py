@@ -34,7 +34,8 @@ NO_PADDING = "none"
 
 _MOST_IN_A_BLOCK = 1024
 
-_NOT_STARTED = "WorkerProc initialization failed"
+_NOT_STARTED, _NOT_BOUND = "WorkerProc initialization failed", "to bind threads of"
+"""In what vLLM says of workers that died, and of more workers than a machine has parts of memory."""
 
 _ENVIRONMENT = {
     # The scheduler in this process; see engine.py.
@@ -220,6 +221,11 @@ def _start(wanted: _Wanted, config: Any, shape: TargetShape) -> tuple[Any, Any]:
             "beyond those that it has; leave it out, --tensor-parallel divides each expert"
         )
     num_layers = wanted.num_layers or shape.num_hidden_layers
+    if target.pipeline_parallel > num_layers:
+        raise InputError(
+            f"--pipeline-parallel {target.pipeline_parallel}: there are {num_layers} layers up to the last captured, "
+            "and each stage needs one"
+        )
     arguments: dict[str, Any] = {
         "model": target.name,
         "revision": target.revision,
@@ -283,10 +289,10 @@ def _reason(error: Exception) -> str:
         return "a worker process ended before it was ready; what it said stands above (if nothing: it was killed)"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     said = next((line for line in lines if line.startswith("Value error, ")), lines[0]).removeprefix("Value error, ")
-    said = " ".join(lines[:2]) if said.endswith(":") else said
-    if isinstance(error, ValueError):
-        return said
-    return f"{type(error).__name__}: {said.rstrip('.')}. What its workers said stands above"
+    said = (" ".join(lines[:2]) if said.endswith(":") else said).partition(" [type=")[0]
+    if _NOT_BOUND in said:
+        return f"{said}. For example: VLLM_CPU_OMP_THREADS_BIND='0|1' gives each of two workers a core"
+    return said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}"
 
 
 def _cache_bytes(model: Any, num_layers: int, wanted: _Wanted) -> int:
