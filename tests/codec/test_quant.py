@@ -131,12 +131,38 @@ def test_states_that_never_change_and_zeros_come_back_to_the_bit():
         assert torch.equal(decoded(codec, stored, values, states, 40), values)
 
 
-def test_never_a_thousandth_more_than_before():
-    states = States(torch.bfloat16, 5, 1024)
-    noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (50, states.row_bytes), np.uint8))
-    rows = noise.view(torch.bfloat16)
-    stored, _ = encoded(codec_named("quant").calibrated(rows, states), rows, states)
-    assert len(stored) <= 1.001 * noise.nbytes
+def noise(states: States) -> torch.Tensor:
+    bits = np.random.default_rng(0).integers(0, 256, (50, states.row_bytes), np.uint8)
+    return torch.from_numpy(bits).view(states.dtype)
+
+
+def many_sizes(states: States) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (10 ** (8 * torch.rand(50, states.width, generator=generator) - 4)).to(states.dtype)
+
+
+NEVER_SMALLER = {
+    "noise": noise,
+    "features of many sizes": many_sizes,
+    "no numbers": lambda states: torch.full((50, states.width), float("nan"), dtype=states.dtype),
+    "Inf and numbers": lambda states: torch.where(many_sizes(states) > 1, float("inf"), noise(states)),
+    "subnormal": lambda states: torch.full((50, states.width), 1e-45).to(states.dtype) * many_sizes(states),
+    "another layer than it was calibrated for": lambda states: 1e5 * like_an_llm(50, states, seed=1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seen", ["the same", "others"])
+@pytest.mark.parametrize("kind", NEVER_SMALLER)
+def test_never_a_thousandth_more_than_before(kind, seen, dtype):
+    """Whatever the states are, and whatever those were that the codec was calibrated for."""
+    states = States(dtype, 5, 512)
+    rows = NEVER_SMALLER[kind](states)
+    codec = codec_named("quant").calibrated(rows if seen == "the same" else like_an_llm(50, states), states)
+    stored, _ = encoded(codec, rows, states)
+    assert len(stored) <= 1.001 * rows.nbytes
+    back = decoded(codec, stored, rows, states, 50)
+    assert torch.equal(back.isfinite(), rows.isfinite())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
