@@ -247,7 +247,7 @@ def test_learns_everything_when_asked() -> None:
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 REFUSED = {
-    "no end-of-turn token": (None, "no end-of-turn token"),
+    "no end-of-turn token": (CHATML.replace("<|im_end|>", "") + PROMPT, "no end-of-turn token"),
     "no generation prompt": (CHATML, "ignores add_generation_prompt"),
     "another header": (CHATML + PROMPT.replace("<|im_start|>assistant", "<|im_end|>"), "generation prompt"),
     "changed content": (

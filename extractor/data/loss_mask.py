@@ -20,14 +20,8 @@ from cache_format.errors import InputError
 from extractor.data.bad_row import BadRow
 from extractor.data.chat_template import ChatTemplate, content_text
 from extractor.data.conversation import Conversation, check_text
-from extractor.data.learned_spans import (
-    WAYS_OUT,
-    NotDerivable,
-    Span,
-    SpanFinder,
-    reasoning_left_out,
-    require_written,
-)
+from extractor.data.learned_spans import WAYS_OUT, Span, SpanFinder
+from extractor.data.written import NotDerivable, reasoning_left_out, require_written
 
 Ids = tuple[np.ndarray, np.ndarray]
 """input_ids int32 ``[T]``, loss_mask uint8 ``[T]``"""
@@ -108,20 +102,25 @@ class ConversationTokenizer:
             _require_in_text(conversation, text)
             ids = self._tokenized(text).ids
             return Encoded([(np.asarray(ids, np.int32), np.ones(len(ids), np.uint8))])
-        turns = _tagged_turns(conversation, text, stretches) if tagged else self._derived(conversation, text)
+        endless: set[int] = set()
+        if tagged:
+            turns = _tagged_turns(conversation, text, stretches)
+        else:
+            turns, endless = self._derived(conversation, text)
         learned = {n: s for n, s in turns.items() if _learns(conversation, n) and (only is None or n == only)}
         said = {n: "".join(text[start:stop] for start, stop in spans) for n, spans in learned.items()}
-        return Encoded(
-            [self._masked(text, [span for spans in learned.values() for span in spans])],
-            ["reasoning_left_out" for n, body in said.items() if reasoning_left_out(messages[n], body)],
-        )
+        notes = ["reasoning_left_out" for n, body in said.items() if reasoning_left_out(messages[n], body)]
+        notes += ["no_end_of_turn"] * len(endless & learned.keys())
+        return Encoded([self._masked(text, [span for spans in learned.values() for span in spans])], notes)
 
-    def _derived(self, conversation: Conversation, text: str) -> dict[int, list[Span]]:
+    def _derived(self, conversation: Conversation, text: str) -> tuple[dict[int, list[Span]], set[int]]:
+        """The stretch of each assistant message, and those behind which the template writes no end."""
+
         def render(messages: Sequence[dict[str, Any]], *, prompt: bool = False) -> str:
             return self.template.render(conversation, messages, prompt=prompt)
 
-        found = SpanFinder(render, conversation.messages, text, self._leading_mark).spans()
-        return {turn: [span] for turn, span in found.items()}
+        finder = SpanFinder(render, conversation.messages, text, self._leading_mark)
+        return {turn: [span] for turn, span in finder.spans().items()}, finder.endless
 
     # -- tokens -----------------------------------------------------------------------------------------------------
 

@@ -44,6 +44,8 @@ _NOTED = {
     "rejected_side": "rejected sides of preference rows are left out; the chosen ones are taken",
     "reasoning_left_out": "learned turns whose reasoning the chat template does not write there; with --turns each or "
     "last it is learned where the template writes it in a last turn",
+    "no_end_of_turn": "learned turns behind which the chat template writes no token that ends them, so that the draft "
+    "does not learn where to stop",
 }
 
 
