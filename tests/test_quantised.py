@@ -9,6 +9,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def target(tmp_path_factory, tiny_target) -> Callable[[str], Path]:
             if kind.startswith(prefix):
                 pytest.importorskip(package)
         folder = tmp_path_factory.mktemp("targets") / kind
-        if kind in ("halves", "liar", "gptq", "unknown"):
+        if kind in ("halves", "liar", "awq", "gptq", "unknown"):
             _registered()
             models.plain(folder)
             models.say_quantised(folder, quant_method=kind, bits=4, group_size=128)
@@ -165,14 +166,23 @@ def test_one_that_does_not_say_so_is_found_out(target, rows, tmp_path, cli):
 
 
 def test_what_cannot_be_run_here_is_refused_with_the_package(target, rows, tmp_path, cli):
-    for kind, why in (
-        ("gptq", "quantised by gptq, which cannot be run here: "),
-        ("unknown", "does not know and would"),
-    ):
+    for kind, package in (("awq", "gptqmodel"), ("gptq", "optimum"), ("unknown", "")):
+        if package and find_spec(package):
+            continue
         code, _, errors = cli(*job(target(kind), rows, tmp_path / "cache"))
-        assert code == 2
-        assert why in errors
+        why = f"quantised by {kind}, which cannot be run here: " if package else "does not know and would"
+        assert (code, why in errors, package in errors) == (2, True, True), errors
         assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("on_a_gpu", "runs_in"), [(True, "float16"), (False, "bfloat16")])
+def test_what_awq_makes_of_bfloat16_is_asked_of_transformers(target, monkeypatch, on_a_gpu, runs_in):
+    """Its own class decides; the package with its kernels is not needed for that."""
+    monkeypatch.setattr("transformers.quantizers.quantizer_awq.is_gptqmodel_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: on_a_gpu)
+    assert asked(target("awq"), "auto") == asked(target("awq"), runs_in) == runs_in
+    with pytest.raises(InputError, match=f"computes in {runs_in}, and its states are stored as they are"):
+        asked(target("awq"), {"float16": "bfloat16", "bfloat16": "float16"}[runs_in])
 
 
 def test_mxfp4_is_dequantised_in_any_dtype(target, rows, tmp_path, cli):
