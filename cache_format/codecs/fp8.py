@@ -173,7 +173,7 @@ class _OnHost:
 
 
 def _sums(terms: Tensor) -> Tensor:
-    """Sums over the last dimension: one half is added to the other until one element is left.
+    """Sums over the last dimension, in the memory of ``terms``: one half is added to the other until one element is left.
 
     torch's own sum adds up in another order on each kind of device, and of vectors.
     """
@@ -186,7 +186,8 @@ def _sums(terms: Tensor) -> Tensor:
 
 
 def _halved(terms: Tensor, dim: int) -> Tensor:
-    width = terms.shape[dim]
-    first, second = (terms.narrow(dim, start, width // 2) for start in (0, width // 2))
-    rest = terms.narrow(dim, width // 2 * 2, width % 2)
-    return torch.cat([first + second, rest], dim) if width % 2 else first + second
+    half, odd = divmod(terms.shape[dim], 2)
+    terms.narrow(dim, 0, half).add_(terms.narrow(dim, half, half))
+    if odd:
+        terms.select(dim, half).copy_(terms.select(dim, 2 * half))
+    return terms.narrow(dim, 0, half + odd)
