@@ -173,7 +173,7 @@ class _OnHost:
 
 
 def _sums(terms: Tensor) -> Tensor:
-    """Sums over the last dimension, in the memory of ``terms``: one half is added to the other until one element is left.
+    """Sums over the last dimension, in the memory of ``terms``: one half is added to the other until one is left.
 
     torch's own sum adds up in another order on each kind of device, and of vectors.
     """
