@@ -328,6 +328,17 @@ def test_a_sample_that_is_no_sample_is_named(peers, tiny_target, cli, tmp_path, 
     assert not (out / "manifest.json").exists() or Manifest.read(out).state == "extracting"
 
 
+def test_speculators_rows_without_states_are_told(peers, tiny_target, cli, tmp_path):
+    folder = shutil.copytree(peers["speculators"], tmp_path / "peer")
+    (folder / "hidden_states" / "hs_3.safetensors").unlink()
+    code, _, err = cli(*arguments("speculators", folder, tiny_target, tmp_path / "out"))
+    assert (code, "1 of 24 samples have no states (hidden_states/hs_3.safetensors)" in err) == (2, True), err
+    one, other = (peers["speculators"] / "hidden_states" / f"hs_{n}.safetensors" for n in (3, 4))
+    shutil.copy(other, folder / "hidden_states" / one.name)
+    code, _, err = cli(*arguments("speculators", folder, tiny_target, tmp_path / "out"))
+    assert (code, "hs_3.safetensors: is not of row 3" in err) == (1, True), err
+
+
 # -- files of torch.save ----------------------------------------------------------------------------------------------
 
 
@@ -362,7 +373,17 @@ class Runs:
         return (os.mkdir, ("it-ran",))
 
 
-@pytest.mark.parametrize("value", [{"a": Runs()}, Runs(), torch.zeros(2), {"a": np.zeros(2)}, {"a": torch.nn.ReLU()}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": Runs()},
+        Runs(),
+        torch.zeros(2),
+        {"a": torch._neg_view(torch.ones(2))},
+        {"a": np.zeros(2)},
+        {"a": torch.nn.ReLU()},
+    ],
+)
 def test_nothing_else_is_read_and_nothing_runs(tmp_path, monkeypatch, value):
     monkeypatch.chdir(tmp_path)
     path = saved(tmp_path / "a.pt", value)

@@ -78,6 +78,8 @@ class SpeculatorsCache(PeerCache):
 
 
 def _batches(path: Path) -> list[pa.RecordBatch]:
+    if not path.is_file():
+        raise CacheError(path, "is missing, which state.json names")
     try:
         with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as stream:
             batches = list(stream)

@@ -260,8 +260,8 @@ def _storage(told: Any) -> _Storage:
 def _made(name: Any, arguments: Any) -> Any:
     if name == _Name("torch._utils _rebuild_tensor_v2"):
         storage, offset, shape, stride = arguments[:4]
-        if not isinstance(storage, _Storage):
-            raise ValueError("a tensor has no storage")
+        if not isinstance(storage, _Storage) or any(arguments[6:]):
+            raise ValueError("a tensor has no storage, or its elements are not what is stored (negated)")
         return StoredTensor(storage, offset, shape, stride)
     if name == _Name("collections OrderedDict") and not arguments:
         return {}

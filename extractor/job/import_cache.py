@@ -7,6 +7,7 @@ states is found out by running it on some samples: after the first shard, and be
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,7 @@ class _Import:
                 self.out, stored, {**{k: v for k, v in stored.items() if k == "samples"}, **self.identity}
             )
         self._backend: TargetBackend | None = None
+        self._thread = threading.local()
 
     def run(self) -> ImportReport:
         begin_folders(self.out, ["samples", "shards", "target"])
@@ -282,11 +284,8 @@ class _Import:
     def _rows(self, samples: PreparedSamples, plan: Plan, number: int) -> ShardRows:
         """Those of shard ``number``, from the peer's files."""
         ids, lengths = plan.samples_of(number)
-        tokens, hidden_size = int(lengths.sum()), self.shape.hidden_size
-        states = torch.empty(tokens, len(self.arrangement.layer_ids) * hidden_size, dtype=self.dtype)
-        last = torch.empty(tokens, hidden_size, dtype=self.dtype) if self.arrangement.has_last else None
-        input_ids = torch.empty(tokens, dtype=DTYPES["I32"])
-        masks = {name: torch.ones(tokens, dtype=DTYPES["U8"]) for name in ("attention_mask", "loss_mask")}
+        raw = {name: memory[: int(lengths.sum())] for name, memory in self._memory(plan.largest_shard_tokens).items()}
+        states, last = raw["hidden_states"], raw.get(LAST_HIDDEN_STATES)
         starts = np.concatenate([[0], np.cumsum(lengths)])
         for i, start, stop in zip(ids.tolist(), starts[:-1].tolist(), starts[1:].tolist(), strict=True):
             record = self.peer.record(i)
@@ -297,11 +296,25 @@ class _Import:
                     "is; let its writer finish, then import into another --out",
                 )
             self.arrangement.put(record, states[start:stop], None if last is None else last[start:stop])
-            input_ids[start:stop] = torch.from_numpy(record.sample.input_ids)
-            masks["loss_mask"][start:stop] = torch.from_numpy(record.sample.loss_mask)
+            raw["input_ids"][start:stop] = torch.from_numpy(record.sample.input_ids)
+            raw["loss_mask"][start:stop] = torch.from_numpy(record.sample.loss_mask)
         self._require_finite(ids, starts, states, last)
-        raw = {"hidden_states": states, "input_ids": input_ids, **masks}
-        return ShardRows(ids, lengths, raw if last is None else {**raw, LAST_HIDDEN_STATES: last})
+        return ShardRows(ids, lengths, raw)
+
+    def _memory(self, tokens: int) -> dict[str, torch.Tensor]:
+        """This thread's, for the largest shard: fresh memory costs more than the copy into it."""
+        memory: dict[str, torch.Tensor] | None = getattr(self._thread, "memory", None)
+        if memory is None:
+            layers, hidden_size = len(self.arrangement.layer_ids), self.shape.hidden_size
+            memory = self._thread.memory = {
+                "hidden_states": torch.empty(tokens, layers * hidden_size, dtype=self.dtype),
+                "input_ids": torch.empty(tokens, dtype=DTYPES["I32"]),
+                "attention_mask": torch.ones(tokens, dtype=DTYPES["U8"]),
+                "loss_mask": torch.empty(tokens, dtype=DTYPES["U8"]),
+            }
+            if self.arrangement.has_last:
+                memory[LAST_HIDDEN_STATES] = torch.empty(tokens, hidden_size, dtype=self.dtype)
+        return memory
 
     def _require_finite(
         self, ids: np.ndarray, starts: np.ndarray, states: torch.Tensor, last: torch.Tensor | None
