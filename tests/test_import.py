@@ -193,6 +193,18 @@ def test_another_import_does_not_go_on_with_it(imported, peers, tiny_target, cli
     assert contents(imported) == before
 
 
+@pytest.mark.parametrize("folder", ["samples", "shards", "target"])
+def test_a_link_in_out_leads_nowhere(peers, tiny_target, cli, tmp_path, folder):
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
+    elsewhere.mkdir()
+    (elsewhere / "samples-00007.arrow").write_bytes(b"somebody's")
+    out.mkdir()
+    (out / folder).symlink_to(elsewhere)
+    code, _, err = cli(*arguments("deepspec", peers["deepspec"], tiny_target, out))
+    assert (code, "leads out of the cache" in err) == (1, True), err
+    assert contents(elsewhere) == {"samples-00007.arrow": b"somebody's"}
+
+
 @pytest.mark.parametrize(("layers", "last"), [("2,0,5", "pre-norm"), ("0,2,5", "post-norm"), ("0,2,4", None)])
 def test_states_that_are_not_the_targets_make_no_cache(peers, tiny_target, cli, tmp_path, layers, last):
     """Layers in another order, another layer: told after the first shard. A norm that was not there is told by the last
