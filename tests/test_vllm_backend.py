@@ -233,6 +233,14 @@ def test_an_engine_that_does_not_start(cli, arguments, faults, tmp_path, error, 
     done(cli, *arguments, *VLLM, "--out", tmp_path / "c")
 
 
+def test_workers_on_other_nodes_are_not_sent_to_a_folder_of_this_one(cli, arguments, faults, tmp_path, monkeypatch):
+    monkeypatch.delenv("VLLM_RPC_BASE_PATH", raising=False)
+    monkeypatch.setattr("extractor.target.vllm.load._executor", lambda *_: "ray")
+    done(cli, *arguments, *VLLM, "--out", tmp_path / "c")
+    assert faults.arguments["distributed_executor_backend"] == "ray"
+    assert "VLLM_RPC_BASE_PATH" not in faults.environment
+
+
 def test_a_start_that_is_stopped_leaves_no_sockets(faults, tiny_target):
     faults.does_not_start = Stopped(2)
     target, cpu = TargetOptions(name=str(tiny_target), backend="vllm"), torch.device("cpu")

@@ -124,8 +124,8 @@ def load_vllm(
     weights = StoredWeights(target.name, target.revision)
     embeddings = stored_embeddings(weights, config, wanted.dtype, target.trust_remote_code)
     factors = factors_around_layers(config, embeddings, target.trust_remote_code)
-    with meeting_place():
-        llm, sampling = _start(wanted, config, shape)
+    with meeting_place() as folder:
+        llm, sampling = _start(wanted, config, shape, folder)
         engine = _engine(llm, sampling, wanted, shape.hidden_size)
         backend = VllmBackend(
             engine,
@@ -200,8 +200,8 @@ def _import_vllm() -> None:
     speak_in_lines()
 
 
-def _start(wanted: _Wanted, config: Any, shape: TargetShape) -> tuple[Any, Any]:
-    """``vllm.LLM`` and its sampling parameters.
+def _start(wanted: _Wanted, config: Any, shape: TargetShape, folder: str) -> tuple[Any, Any]:
+    """``vllm.LLM`` and its sampling parameters; processes of this machine meet in ``folder``.
 
     Raises:
         InputError: vLLM cannot run this target so.
@@ -250,6 +250,9 @@ def _start(wanted: _Wanted, config: Any, shape: TargetShape) -> tuple[Any, Any]:
         "worker_extension_cls": EXTENSION,
         "hf_overrides": left_out_by_transformers(config),
     }
+    if arguments["distributed_executor_backend"] == "mp":
+        # Not for Ray: it gives the environment to nodes that have no such folder.
+        os.environ["VLLM_RPC_BASE_PATH"] = folder
     if kind == "cpu":
         # Its rotary kernel takes the stride of a query's heads for that of its tokens where a query has three
         # dimensions, as in MLA; torch's own operations do not.

@@ -18,14 +18,13 @@ _FILE = "file://"
 
 
 @contextmanager
-def meeting_place() -> Iterator[None]:
+def meeting_place() -> Iterator[str]:
     """A folder for the sockets of an engine that starts. They are gone once all have met, and go on without names.
 
     In shared memory: a socket's path has at most 107 characters, and a file system of a network may have none.
     """
     with tempfile.TemporaryDirectory(prefix="dflash-cache-", dir=SHARED_MEMORY) as folder:
-        os.environ["VLLM_RPC_BASE_PATH"] = folder
-        yield
+        yield folder
 
 
 @contextmanager
