@@ -310,7 +310,7 @@ def _require_room(cache: Any, most_tokens: int) -> None:
     if tokens < ROOM * most_tokens:
         raise InputError(
             f"--backend vllm: beside its weights the device has room for the keys and values of {tokens:,} tokens, and "
-            f"a batch may take {ROOM * most_tokens:,}; begin the cache with --batch-tokens {tokens // ROOM}"
+            f"a batch may take {ROOM * most_tokens:,}; begin another cache with --batch-tokens {tokens // ROOM}"
         )
 
 

@@ -104,7 +104,7 @@ def prove_room(engine: Engine, shape: TargetShape, longest: int) -> None:
         except EngineError as error:
             raise InputError(
                 f"{error}. This was the start, with {len(lengths):,} rows of {lengths[0]:,} random tokens, as many as "
-                "--batch-tokens allows: begin the cache with fewer"
+                "--batch-tokens allows: begin another cache with fewer"
             ) from error
 
 
