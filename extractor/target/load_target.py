@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cache_format.device import CPU, accelerators, count, has_streams, parse, synchronize, without_streams
+from cache_format.device import CPU, accelerators, count, has_streams, parse, select, synchronize, without_streams
 from cache_format.errors import InputError
 from extractor.config import TargetOptions
 from extractor.target.adapter import with_adapter
@@ -136,6 +136,9 @@ def load_target(
         )
     no_bar_of_transformers()
     kind = auto_class(config)
+    if not device_map:
+        # What names no device, kernels of other packages among it, would begin something on the first one.
+        select(device)
     try:
         model: nn.Module = _loaded(kind.from_pretrained, place, **options)
         # Quantised weights are where the package that runs them wants them.
