@@ -124,6 +124,19 @@ def test_one_malformed_line_is_one_bad_row(line: bytes, problem: str, tmp_path: 
         parse_row(bad)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'[{"text": "a"},{"text": "b"}]',
+        b'[\n{"text": "a"},\n{"text": "b"}\n]\n',
+        b'\xef\xbb\xbf[{"text": "a"}\n, {"text": "b"}]',
+    ],
+)
+def test_a_list_of_objects_under_the_name_of_lines_is_read_as_one(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(content)
+    assert texts(source(tmp_path / "x.jsonl")) == ["a", "b"]
+
+
 def test_the_digest_is_of_the_content_wherever_it_lies(tmp_path: Path) -> None:
     first = make("folder", tmp_path / "one")
     second = tmp_path / "elsewhere"
@@ -171,6 +184,11 @@ def _bytes(name: str, content: bytes) -> Any:
     return write
 
 
+def _pipe(path: Path) -> Path:
+    os.mkfifo(path / "x.jsonl")
+    return path / "x.jsonl"
+
+
 def _two_kinds(path: Path) -> Path:
     make("json", path)
     make("parquet", path)
@@ -193,7 +211,9 @@ REFUSED = {
     "malformed lines": (_bytes("x.jsonl", b"{\n{\n"), {}, r"none of the first 2 rows .*\(x.jsonl row 1 is not JSON"),
     "damaged parquet": (_bytes("x.parquet", b"PAR1 not really"), {}, "x.parquet cannot be read"),
     "damaged json": (_bytes("x.json", b'[{"a": 1}, {'), {}, "x.json .*cannot be read"),
-    "no rows": (lambda path: make("parquet", path, []), {}, "cannot be read|has no rows"),
+    "no rows": (lambda path: make("parquet", path, []), {}, "has no rows"),
+    "empty list": (_bytes("x.json", b"[]"), {}, "has no rows"),
+    "pipe": (_pipe, {}, "x.jsonl: is a pipe or a device"),
     "split of a file": (lambda path: make("jsonl", path), {"split": "train"}, "--split train: .* leave it out"),
     "split of a saved": (lambda path: make("saved", path), {"split": "x"}, "--split x: .* without splits"),
     "revision": (lambda path: make("jsonl", path), {"data_revision": "v1"}, "--data-revision v1: .* is local"),

@@ -71,6 +71,7 @@ def test_learned_tokens_stand_in_brackets_where_there_is_no_colour(looked: Any) 
     assert re.fullmatch(r"mixed.jsonl row 1: \d+ tokens, \d+ learned \(\d+ %\)", headline)
     assert "<|im_start|>assistant\n[[Hi there<|im_end|>]]\n" in text
     assert "<|im_start|>assistant\n[[and more<|im_end|>]]\n" in text
+    assert "messages from messages" in out
     assert text.count("[[") == text.count("]]") == 2
 
 

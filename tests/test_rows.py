@@ -51,6 +51,10 @@ PUBLIC: dict[str, tuple[Row, list[dict[str, Any]]]] = {
         {"instruction": "Who?", "context": "A fox.", "response": "A fox", "category": "qa"},
         [turn("user", "Who?\nA fox."), turn("assistant", "A fox")],
     ),
+    "BELLE, multi-turn": (
+        {"instruction": "Human:Hi\nAssistant:Yo\nHuman:Hi\nAssistant:", "input": "", "output": "Yo"}, [*PAIR, *PAIR],
+    ),
+    "Firefly": ({"kind": "NLI", "input": "Hi", "target": "Yo"}, PAIR),
     "GSM8K": ({"question": "Hi", "answer": "Yo"}, PAIR),
     "OpenOrca": ({"id": "t0", "system_prompt": "Be kind.", "question": "Hi", "response": "Yo"}, WITH_SYSTEM),
     "OpenOrca, no system": ({"id": "t0", "system_prompt": "", "question": "Hi", "response": "Yo"}, PAIR),
@@ -482,3 +486,10 @@ def test_ids_take_their_mask_from_a_column() -> None:
 def test_a_form_gives_ids_their_names() -> None:
     form = Form(row_format="input_ids", columns={"input_ids": "tokens", "loss_mask": "mask"})
     assert ids_of(form.renamed({"tokens": [1], "mask": [0]}), 10, "column")[1].tolist() == [0]
+
+
+def test_rows_that_stand_inside_a_column_are_no_turns() -> None:
+    for rows in ([{"messages": PAIR}], [{"instruction": "Hi", "output": "Yo"}]):
+        with pytest.raises(BadRow, match="'data' is a list of rows"):
+            conversation({"data": rows})
+    assert conversation({"data": [{"user": "Hi", "assistant": "Yo"}]})

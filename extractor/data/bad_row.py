@@ -67,7 +67,7 @@ def class_of(problem: str) -> str:
         return match[0] if match[0][1:-1] in _OUR_WORDS else "..."
 
     text = _QUOTED.sub(kept, _TURN.sub(lambda match: "" if ":" in match[0] else "a turn ", problem))
-    return re.sub(r"-?\d[\d.,]*", "N", text.partition(": ")[0])
+    return re.sub(r"(?<![\w-])-?\d[\d.,]*", "N", text.partition(": ")[0])
 
 
 class _Overdue(BaseException):

@@ -28,7 +28,7 @@ _PAIRS = (
     *(("prompt", "response"), ("prompt", "completion"), ("instruction", "output"), ("instruction", "response")),
     *(("question", "response"), ("question", "answer"), ("query", "response"), ("query", "answer")),
     *(("problem", "solution"), ("problem", "generated_solution"), ("question", "generated_solution")),
-    *(("question", "solution"), ("input", "output"), ("inputs", "targets"), ("user", "assistant")),
+    *(("question", "solution"), ("input", "output"), ("inputs", "targets"), ("input", "target"), ("user", "assistant")),
     *(("human", "assistant"), ("request", "response"), ("body", "response")),
 )
 _PROMPTS = tuple(dict.fromkeys(prompt for prompt, _ in _PAIRS if prompt not in ("request", "body")))

@@ -7,11 +7,13 @@ rows of each in its cache folder, memory-mapped, unless they are streamed.
 from __future__ import annotations
 
 import bz2
+import codecs
 import errno
 import glob
 import gzip
 import json
 import mmap
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -38,6 +40,9 @@ _DECOMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open}
 _BLOCK = 1 << 20
 _HASH_BYTES = 16 << 20
 _TABLE_ROWS = 100
+_LIST_OF_OBJECTS = re.compile(rb"\s*\[\s*(\{|\Z)")
+_NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")
+"""of what ``datasets`` says of a .json list and a .parquet file without rows"""
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 _NAMES_TOLD = 8
 _TO_JSONL = "datasets.load_dataset({kind!r}, data_files={name!r}, split='train').to_json('rows.jsonl')"
@@ -93,6 +98,8 @@ def open_file(file: Path, label: str, digest: str, streaming: bool) -> Part:
             return Part(label, datasets.load_dataset("parquet", **plain, split="train", streaming=streaming))
         if kind == "json" and _is_lines(file, compression):
             kind = "lines"
+        elif kind == "lines" and _is_list(file, compression):
+            kind = "json"
         if kind == "lines" and not compression:
             # latin-1 keeps every byte as it is: a line that is not UTF-8 is one bad row, not the end of the file.
             lines = datasets.load_dataset("text", **plain, split="train", streaming=streaming, encoding="latin-1")
@@ -112,6 +119,8 @@ def data_files(path: Path) -> Files:
         InputError: none, of several kinds, or the same one twice.
     """
     known = ".jsonl, .json, .parquet"
+    if not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: is a pipe or a device, which can be read only once; write the rows to a file")
     if path.is_file():
         if kind_of_file(path.name)[0] is None:
             ending = path.suffix or "nothing"
@@ -173,6 +182,8 @@ def unreadable(what: str, error: BaseException) -> InputError | StorageError:
     if isinstance(cause, OSError) and cause.errno in _STORAGE_ERRNOS:
         return StorageError(cause.filename or datasets.config.HF_DATASETS_CACHE, "keep the rows for reading", cause)
     lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    if any(words in lines[0] for words in _NO_ROWS):
+        return InputError(f"{what}: has no rows")
     return InputError(f"{what} cannot be read: {lines[0]}")
 
 
@@ -250,6 +261,19 @@ def _is_lines(file: Path, compression: str) -> bool:
         return isinstance(json.loads(first), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _is_list(file: Path, compression: str) -> bool:
+    """Whether a .jsonl file holds one JSON list of objects, as a .json file does."""
+    lines = (line for line in _lines(_blocks(file, compression)) if line.strip())
+    first = next(lines, b"").removeprefix(codecs.BOM_UTF8)
+    if not _LIST_OF_OBJECTS.match(first):
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return next(lines, None) is None
 
 
 def _generated(path: str, kind: str, compression: str, digest: str) -> Iterator[dict[str, bytes]]:

@@ -14,12 +14,15 @@ _KINDS = (
     (re.compile(r"(?:\A\s*|\n\s*)(USER|ASSISTANT|FUNCTION RESPONSE|SYSTEM): ?"), "USER"),
     (re.compile(r"(?:\A\s*|\n?)### (Human|Assistant|System): ?"), "Human"),
 )
+_OPEN = re.compile(r"(?:\A\s*|\n\s*)(Human|Assistant|System|User)[:：] ?")
+"""markers behind one newline, which a text may hold by chance: taken where it ends in the assistant's (BELLE)"""
 _ROLES = {
-    **dict.fromkeys(("Human", "USER"), "user"),
+    **dict.fromkeys(("Human", "USER", "User"), "user"),
     **dict.fromkeys(("Assistant", "ASSISTANT"), "assistant"),
     **dict.fromkeys(("System", "SYSTEM"), "system"),
     "FUNCTION RESPONSE": "tool",
 }
+_ENDS_OPEN = re.compile(r"\n\s*Assistant[:：]\s*\Z")
 _END = re.compile(r"\s*<\|endoftext\|>\s*\Z")
 _CALL = re.compile(
     r"""<functioncall>\s*\{\s*"name":\s*"(?P<name>[^"]*)",\s*"arguments":\s*(?P<quote>'?)(?P<arguments>.*)"""
@@ -33,7 +36,10 @@ def turns_of_transcript(text: str) -> list[dict[str, Any]] | None:
 
     White space around a turn is the transcript's, not the speaker's. A prompt's empty last answer is left out.
     """
-    for markers, asker in _KINDS:
+    kinds = (*((_OPEN, asker) for asker in ("Human", "User") if _ENDS_OPEN.search(text)), *_KINDS)
+    if "\n\nHuman:" in text or "\n\nAssistant:" in text:
+        kinds = _KINDS
+    for markers, asker in kinds:
         first = markers.match(text)
         if first is None or (first[1] != asker and _ROLES[first[1]] != "system"):
             continue

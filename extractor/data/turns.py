@@ -56,6 +56,8 @@ def turns_of(value: Any, column: str) -> list[Turn]:
         value = _listed(value)
     if not isinstance(value, list) or not value:
         raise BadRow(f"{column!r} is an empty list" if value == [] else f"{column!r} is not a list of turns")
+    if column.lower() == "data" and any(isinstance(row, Mapping) and not _tells_roles(row) for row in value):
+        raise BadRow(f"{column!r} is a list of rows, not of turns: write that list itself as the .json file")
     if all(isinstance(turn, str) for turn in value) and len(value) > 1:
         value = [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(value)]
     turns = [turn for number, raw in enumerate(value, 1) for turn in _turns(raw, number)]
@@ -73,6 +75,11 @@ def held_turns(value: Mapping[str, Any]) -> str | None:
 def _is_turn(value: Any) -> bool:
     """Whether ``value`` is the object of one turn."""
     return isinstance(value, Mapping) and any(key in value for key in _ROLE_KEYS)
+
+
+def _tells_roles(value: Mapping[str, Any]) -> bool:
+    """Whether an object is a turn, or turns under the names of their roles; a row of data has other names."""
+    return _is_turn(value) or all(name in _ROLE_NAMES for name in value)
 
 
 def _listed(value: Mapping[str, Any]) -> Any:

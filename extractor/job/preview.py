@@ -19,6 +19,7 @@ from extractor.data.dataset import RawRow, Rows, RowSource, open_source
 from extractor.data.prepare import encoder, reason_to_drop, require_forms
 from extractor.data.stretches import stretches
 from extractor.job.report import bad_row_notes, dropped_note, noted_notes
+from extractor.job.sources import reading_note
 from extractor.target.load_target import TargetShape, load_config, load_tokenizer
 from extractor.terminal.learned_text import Stretch, faint, painted, printable, rule
 
@@ -122,7 +123,7 @@ class Preview:
         self.options = replace(options.prepare, num_embeddings=TargetShape.from_config(config).vocab_size)
         self.tokenizer = load_tokenizer(target.name, target.revision, target.trust_remote_code, target.chat_template)
         self.source = open_source(options.data, options.prepare.limit)
-        require_forms(self.source, self.tokenizer, self.options)
+        self.forms = require_forms(self.source, self.tokenizer, self.options)
 
     def first(self, count: int) -> Iterator[PreviewedRow]:
         """The first ``count`` rows."""
@@ -234,6 +235,12 @@ def describe_counts(counts: Counts, preview: Preview) -> str:
     """``counts`` for a person."""
     share = 100 * counts.loss_tokens / max(counts.tokens, 1)
     lines = [
+        *(
+            f"{source.name}: {reading_note(form.row_format, form.columns, form.unused(columns))}"
+            for source, form, columns in zip(
+                preview.source.sources, preview.forms, preview.source.column_sets, strict=True
+            )
+        ),
         f"first {counts.rows:,} rows of {preview.source.name}: {counts.samples:,} samples",
         f"tokens: {counts.tokens:,}, {counts.loss_tokens:,} learned ({share:.0f} %); longest sample {counts.longest:,}",
         f"dropped rows: {dropped_note(counts.dropped)}",

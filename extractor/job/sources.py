@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -44,9 +44,13 @@ def source_infos(source: RowSource, forms: Sequence[Form], samples: PreparedSamp
 def source_note(info: SourceInfo) -> str:
     """``chat.jsonl:0.5: 12 samples, 3,456 tokens (789 learned); messages from conversations; not used: id``."""
     name = info.name if info.weight == 1 else f"{info.name}:{info.weight:g}"
-    taken = ", ".join(f"{field} from {column}" for field, column in info.columns.items())
-    unused = f"; columns not used: {', '.join(info.unused_columns)}" if info.unused_columns else ""
     return (
         f"{name}: {info.samples:,} samples, {info.tokens:,} tokens ({info.loss_tokens:,} learned); "
-        f"{info.row_format} ({taken}){unused}"
+        f"{reading_note(info.row_format, info.columns, info.unused_columns)}"
     )
+
+
+def reading_note(row_format: str, columns: Mapping[str, str], unused: Sequence[str]) -> str:
+    """``messages (messages from conversations); columns not used: id``."""
+    taken = ", ".join(f"{field} from {column}" for field, column in columns.items())
+    return f"{row_format} ({taken})" + (f"; columns not used: {', '.join(unused)}" if unused else "")
