@@ -65,7 +65,7 @@ def import_cache(
     (which layers, and whether the last one is normed) is asked for. No pickle is executed: of torch.save's files plain
     tensors are read. extract refuses to go on with such a cache; verify, recode, export and a trainer take it as any.
 
-    Example: dflash-cache import /data/deepspec --from deepspec --target Qwen/Qwen3-8B --out /data/cache
+    Example: dflash-cache import old --from deepspec --target Qwen/Qwen3-8B --out new
     """
     from extractor.config import PlanOptions, parse_size
     from extractor.job.import_cache import ImportOptions
