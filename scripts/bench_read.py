@@ -342,6 +342,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to make the files (a folder on the disk to measure)")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         write_large_cache(folder / "cache", args.gib, hidden=args.hidden_size, longest=args.longest)
