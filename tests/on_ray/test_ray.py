@@ -133,8 +133,6 @@ def test_stopped_and_gone_on_with(quiet_cluster, long_job, uninterrupted, tmp_pa
     assert again.returncode == 0, errors
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert contents(out) == contents(uninterrupted)
-    third = start(long_job, out, quiet_cluster)
-    assert "already complete" in third.communicate(timeout=60)[1]
 
 
 @pytest.mark.slow
