@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,12 @@ PRELOADED = [
 ]
 _MARK = "DFLASH_TEST_COMMAND"
 _running: set[Command] = set()
-outputs = tempfile.TemporaryDirectory(prefix="dflash-cache-tests-")
+
+
+@cache
+def outputs() -> tempfile.TemporaryDirectory[str]:
+    """What commands print is kept there; made when it is first used, for the commands import this module too."""
+    return tempfile.TemporaryDirectory(prefix="dflash-cache-tests-")
 
 
 class Command:
@@ -35,7 +41,7 @@ class Command:
         before: Callable[[], None] | None = None,
     ):
         """``before``: a function of a test module, called in the process before the command."""
-        self._folder = Path(tempfile.mkdtemp(prefix="command-", dir=outputs.name))
+        self._folder = Path(tempfile.mkdtemp(prefix="command-", dir=outputs().name))
         self.stdout, self.stderr = self._folder / "stdout", self._folder / "stderr"
         self.stdout.touch()
         self.stderr.touch()

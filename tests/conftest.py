@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_sessionfinish() -> None:
     # Not left to the end of the process: those of xdist end without it.
-    for folder in (_datasets_cache, commands.outputs):
+    for folder in (_datasets_cache, commands.outputs()):
         folder.cleanup()
 
 
