@@ -8,7 +8,7 @@ states is found out by running it on some samples: after the first shard, and be
 from __future__ import annotations
 
 import threading
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,6 @@ from cache_format.layout.manifest import (
     CommandLine,
     DataInfo,
     Manifest,
-    TargetInfo,
-    Totals,
     fingerprint,
     require_same_identity,
 )
@@ -37,18 +35,17 @@ from cache_format.storage.commit import make_folder
 from cache_format.storage.lock import writing
 from cache_format.storage.own_folders import begin_folders
 from cache_format.writing.make_shards import ShardMaker, ShardRows, is_done, require_room
-from cache_format.writing.seal import describe_files, seal
+from cache_format.writing.seal import seal
 from extractor.config import PlanOptions
 from extractor.data.prepare import ROWS_PER_PART
 from extractor.job.identity import software
 from extractor.job.out_folder import refuse_foreign_folder, shards_schema
 from extractor.job.plan import PLAN_VERSION, Plan
+from extractor.job.planned_manifest import planned_manifest, target_info
 from extractor.target.backend import TargetBackend
-from extractor.target.factors import named_factors
 from extractor.target.load_backend import load_backend_of
 from extractor.target.load_target import TargetShape, load_config, load_tokenizer, resolve_device
 from extractor.target.recompute import RecomputeReport, recompute_with
-from extractor.target.target_files import write_target_files
 from extractor.target.target_identity import identify_target, tokenizer_identity
 from extractor.terminal.progress import Reporter, say
 
@@ -160,7 +157,8 @@ class _Import:
     def run(self) -> ImportReport:
         begin_folders(self.out, ["samples", "shards", "target"])
         samples, manifest = self._begun()
-        plan, schema = Plan(samples.num_tokens, manifest.schema().raw.token_bytes, self.options.plan), manifest.schema()
+        schema = manifest.schema()
+        plan = Plan(samples.num_tokens, schema.raw.token_bytes, self.options.plan)
         missing = [n for n in range(len(plan)) if not is_done(self.out, schema, n, plan.samples_of(n)[0])]
         require_room(self.out, schema, [plan.samples_of(number)[1] for number in missing])
         maker = ShardMaker(self.out, schema, lambda number: self._rows(samples, plan, number))
@@ -237,48 +235,29 @@ class _Import:
         return sample
 
     def _planned(self, samples: PreparedSamples) -> Manifest:
-        """The manifest of state extracting; the target's folder is written first."""
-        shape, dtype = self.shape, self.identity["dtype"]
-        info = TargetInfo(
-            name=self.options.target,
-            model_type=shape.model_type,
-            hidden_size=shape.hidden_size,
-            num_hidden_layers=shape.num_hidden_layers,
-            vocab_size=shape.vocab_size,
-            tie_word_embeddings=shape.tie_word_embeddings,
-        )
+        """See :func:`planned_manifest`."""
         manifest = Manifest(
             state="preparing",
             identity=self.identity,
-            target=info,
+            target=target_info(self.options.target, self.shape),
             target_layer_ids=self.arrangement.layer_ids,
-            dtype=dtype,
+            dtype=self.identity["dtype"],
             codec=self.identity["codec"],
             capture=self.captures.to_dict(),
             created_with=software(self.device),
             command=self.options.command,
         )
-        backend = self._loaded(manifest)
-        tied, scale = write_target_files(self.out, backend.embeddings, self.config, self.tokenizer, self.dtype)
-        factors = backend.factors or named_factors(self.config)
-        if factors.head_problem:
-            say(f"warning: the cache will have no LM head: {factors.head_problem}")
-        plan = Plan(samples.num_tokens, shards_schema(manifest).raw.token_bytes, self.options.plan)
-        totals = Totals(
-            parts=-(-len(samples) // ROWS_PER_PART),
-            samples=len(samples),
-            tokens=int(samples.num_tokens.sum()),
-            loss_tokens=int(samples.num_loss_tokens.sum()),
-            shards=len(plan),
-        )
-        files = [part_path(self.out / "samples", number) for number in range(totals.parts)]
-        files += sorted(path for path in (self.out / "target").rglob("*") if path.is_file())
-        return manifest.extracting(
-            {**self.identity, "samples": samples.digest()},
-            target=replace(info, tie_word_embeddings=tied, embed_scale=scale, **asdict(factors)),
+        return planned_manifest(
+            self.out,
+            manifest,
+            samples,
+            self._loaded(manifest),
+            config=self.config,
+            tokenizer=self.tokenizer,
             data=DataInfo(name=str(self.options.source), rows=len(samples), dropped={}),
-            totals=totals,
-            files=describe_files(self.out, [path.relative_to(self.out).as_posix() for path in files]),
+            num_shards=len(Plan(samples.num_tokens, shards_schema(manifest).raw.token_bytes, self.options.plan)),
+            decided={},
+            tell=say,
         )
 
     def _rows(self, samples: PreparedSamples, plan: Plan, number: int) -> ShardRows:
@@ -396,7 +375,4 @@ def _is_part(path: Path, info: PartInfo) -> bool:
         batch, found = read_part(path)
     except CacheError:
         return False
-    rows = info.stop_row - info.first_row
-    return (found.first_row, found.stop_row, found.made_for) == (info.first_row, info.stop_row, info.made_for) and (
-        batch.num_rows == rows
-    )
+    return found == info and batch.num_rows == info.stop_row - info.first_row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,9 @@ from cache_format.layout.manifest import (
     DataInfo,
     Manifest,
     SourceInfo,
-    TargetInfo,
-    Totals,
-    codec_identity,
     require_same_identity,
 )
-from cache_format.layout.samples import PreparedSamples, part_path
-from cache_format.writing.seal import describe_files
+from cache_format.layout.samples import PreparedSamples
 from extractor.config import DEFAULT_BATCH_TOKENS, ExtractOptions
 from extractor.data.dataset import open_source
 from extractor.data.prepare import form_of_source, prepare
@@ -39,6 +35,7 @@ from extractor.job.identity import compare_hardware, inputs_identity, samples_id
 from extractor.job.kept_window import begin_window, run_window
 from extractor.job.out_folder import refuse_out_inside_data, refuse_profile, require_space, shards_schema
 from extractor.job.plan import Plan
+from extractor.job.planned_manifest import planned_manifest, target_info
 from extractor.job.report import ExtractReport, bad_row_notes, dropped_note, noted_notes, progress_note
 from extractor.job.run_shards import RunStats, ShardRunner
 from extractor.job.sources import source_infos, source_note
@@ -46,13 +43,11 @@ from extractor.job.timeline import Timeline
 from extractor.job.url_destination import UrlDestination
 from extractor.job.worker import Worker
 from extractor.target.backend import TargetBackend
-from extractor.target.factors import named_factors
 from extractor.target.layer_ids import chosen_layer_ids
 from extractor.target.load_backend import load_backend
 from extractor.target.load_target import TargetShape, load_config, load_tokenizer, resolve_device
 from extractor.target.parallel_plan import require_plan
 from extractor.target.quantised import run_dtype
-from extractor.target.target_files import write_target_files
 from extractor.target.target_identity import identify_target
 from extractor.target.tensor_parallel import Group, joined
 from extractor.target.unloaded import require_runnable
@@ -237,19 +232,10 @@ class Job:
         )
 
     def _begin(self) -> Manifest:
-        shape = self.shape
-        info = TargetInfo(
-            name=self.options.target.name,
-            model_type=shape.model_type,
-            hidden_size=shape.hidden_size,
-            num_hidden_layers=shape.num_hidden_layers,
-            vocab_size=shape.vocab_size,
-            tie_word_embeddings=shape.tie_word_embeddings,
-        )
         return Manifest(
             state="preparing",
             identity=self.identity,
-            target=info,
+            target=target_info(self.options.target.name, self.shape),
             target_layer_ids=self.layer_ids,
             dtype=self.dtype,
             codec=self.identity["codec"],
@@ -454,39 +440,26 @@ class Job:
         decided: dict[str, Any],
         backend: TargetBackend,
     ) -> Manifest:
-        """The manifest of state extracting; the target's folder is written first."""
-        tied, scale = write_target_files(self.folder, backend.embeddings, self.config, self.tokenizer, backend.dtype)
-        factors = backend.factors or named_factors(self.config)
-        if factors.head_problem:
-            self.say(f"warning: the cache will have no LM head: {factors.head_problem}")
-        totals = Totals(
-            parts=sum(1 for _ in (self.folder / "samples").glob("samples-*.arrow")),
-            samples=len(samples),
-            tokens=int(samples.num_tokens.sum()),
-            loss_tokens=int(samples.num_loss_tokens.sum()),
-            shards=len(plan),
+        """See :func:`planned_manifest`."""
+        data = DataInfo(
+            name=self.source.name,
+            rows=samples.num_rows,
+            dropped=dict(sorted(samples.dropped.items())),
+            bad_rows=dict(sorted(samples.dropped.bad_rows.items())),
+            sources=self.source_infos(samples),
+            noted=dict(sorted(samples.dropped.noted.items())),
         )
-        paths = [part_path(self.folder / "samples", n) for n in range(totals.parts)]
-        paths += sorted(path for path in (self.folder / "target").rglob("*") if path.is_file())
-        names = [path.relative_to(self.folder).as_posix() for path in paths]
-        return manifest.extracting(
-            {
-                **manifest.identity,
-                **decided,
-                "samples": samples.digest(),
-                **codec_identity(codec_from_dict(manifest.codec)),
-            },
-            target=replace(manifest.target, tie_word_embeddings=tied, embed_scale=scale, **asdict(factors)),
-            data=DataInfo(
-                name=self.source.name,
-                rows=samples.num_rows,
-                dropped=dict(sorted(samples.dropped.items())),
-                bad_rows=dict(sorted(samples.dropped.bad_rows.items())),
-                sources=self.source_infos(samples),
-                noted=dict(sorted(samples.dropped.noted.items())),
-            ),
-            totals=totals,
-            files=describe_files(self.folder, names),
+        return planned_manifest(
+            self.folder,
+            manifest,
+            samples,
+            backend,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            data=data,
+            num_shards=len(plan),
+            decided=decided,
+            tell=self.say,
         )
 
     def watched(self, report: Callable[[RunStats], None] = lambda stats: None) -> Callable[[RunStats], None]:
