@@ -13,6 +13,7 @@ from extractor.data.bad_row import BadRow, LeftOut
 from extractor.data.conversation import Conversation, conversation_of
 from extractor.data.forms import Form, form_of, named_for
 from extractor.data.token_row import ids_of
+from extractor.data.transcript import turns_of_transcript
 
 Row = dict[str, Any]
 
@@ -486,6 +487,12 @@ def test_ids_take_their_mask_from_a_column() -> None:
 def test_a_form_gives_ids_their_names() -> None:
     form = Form(row_format="input_ids", columns={"input_ids": "tokens", "loss_mask": "mask"})
     assert ids_of(form.renamed({"tokens": [1], "mask": [0]}), 10, "column")[1].tolist() == [0]
+
+
+def test_markers_behind_one_newline_are_text_where_turns_are_told_apart_by_two() -> None:
+    text = "\n\nHuman: Go on:\nUser: Hi\n\nAssistant: Yo\n\nHuman: Hi\n\nAssistant:"
+    turns = [turn("user", "Go on:\nUser: Hi"), turn("assistant", "Yo"), turn("user", "Hi")]
+    assert turns_of_transcript(text) == turns
 
 
 def test_rows_that_stand_inside_a_column_are_no_turns() -> None:

@@ -16,6 +16,7 @@ _KINDS = (
 )
 _OPEN = re.compile(r"(?:\A\s*|\n\s*)(Human|Assistant|System|User)[:：] ?")
 """markers behind one newline, which a text may hold by chance: taken where it ends in the assistant's (BELLE)"""
+_OPEN_KINDS = ((_OPEN, "Human"), (_OPEN, "User"))
 _ROLES = {
     **dict.fromkeys(("Human", "USER", "User"), "user"),
     **dict.fromkeys(("Assistant", "ASSISTANT"), "assistant"),
@@ -36,10 +37,8 @@ def turns_of_transcript(text: str) -> list[dict[str, Any]] | None:
 
     White space around a turn is the transcript's, not the speaker's. A prompt's empty last answer is left out.
     """
-    kinds = (*((_OPEN, asker) for asker in ("Human", "User") if _ENDS_OPEN.search(text)), *_KINDS)
-    if "\n\nHuman:" in text or "\n\nAssistant:" in text:
-        kinds = _KINDS
-    for markers, asker in kinds:
+    is_open = _ENDS_OPEN.search(text) and "\n\nHuman:" not in text and "\n\nAssistant:" not in text
+    for markers, asker in (*_OPEN_KINDS, *_KINDS) if is_open else _KINDS:
         first = markers.match(text)
         if first is None or (first[1] != asker and _ROLES[first[1]] != "system"):
             continue
