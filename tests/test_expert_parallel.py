@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_tensor_parallel import assert_same_states, ends, ranks
-from tiny_models import HIDDEN, LAYERS, VOCAB, build
+from tiny_models import LAYERS, VOCAB, build
+from tiny_models import SIZES as MOST_SIZES
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -34,16 +35,7 @@ from extractor.target.load_target import load_target
 from extractor.target.parallel_plan import parallel_plan
 
 TP = ("--tp-plan", "auto")
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-}
+SIZES = {**MOST_SIZES, "pad_token_id": 0}
 ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MOE = {**SIZES, **ROUTED, "num_experts": 4, "head_dim": 8}
 OSS = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import BUILDERS, HIDDEN, LAYERS, VOCAB, OddModel, build, causal, qwen3
+from tiny_models import SIZES as MOST_SIZES
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -28,16 +29,7 @@ from extractor.target.factors_unloaded import factors_around_layers
 from extractor.target.hooks import HFDFlashTargetModel
 from extractor.target.target_files import write_target_files
 
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
+SIZES = {**MOST_SIZES, "head_dim": 8, "pad_token_id": 0}
 GRANITE = {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "attention_multiplier": 0.3, "residual_multiplier": 0.2}
 FACTORS = {"granite": (12.0, 1 / 8), "granite-moe": (12.0, 1 / 16), "cohere": (1.0, 0.0625), "cohere2": (1.0, 0.25)}
 

@@ -23,16 +23,17 @@ from transformers import (
 )
 
 VOCAB, HIDDEN, LAYERS = 99, 32, 5
-_SIZES = {
+SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
     "intermediate_size": 48,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
     "max_position_embeddings": 256,
 }
+"""What most architectures call the same."""
+_SIZES = {**SIZES, "head_dim": 8}
 
 
 def qwen3() -> nn.Module:
