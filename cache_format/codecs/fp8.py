@@ -10,13 +10,14 @@ way and save 2 of the H + 4 bytes a layer, and a float32 scale can't overflow wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cache_format.codecs.compiled import loops_for
 from cache_format.codecs.interface import ENERGY, HeadTensor, RowCodec, States, TokenTensor
 
 SCALES = "hidden_states_scales"
@@ -52,7 +53,7 @@ class Fp8Codec(RowCodec):
         """
         on_host = rows.device.type == "cpu"
         at_once = max(1, (_HOST_ELEMENTS if on_host else _DEVICE_ELEMENTS) // states.width)
-        encode = _OnHost(min(at_once, len(rows)), rows.dtype, states) if on_host else _on_device
+        encode = _on_host(min(at_once, len(rows)), rows.dtype, states) if on_host else _on_device
         sums = torch.empty(2, len(rows), states.layers, device=rows.device)
         all_scales = torch.empty(len(rows), states.layers, device=rows.device)
         for start in range(0, len(rows), at_once):
@@ -77,9 +78,14 @@ class Fp8Codec(RowCodec):
     def decode_into(self, stored: Mapping[str, Tensor], out: Tensor, states: States) -> None:
         """The same bits as :meth:`decode`, ten times as fast on a CPU.
 
-        An e4m3 value's bits, its sign moved to the top, are those of a float16 of 1/256 of the value (exponent biases
-        7 and 15; subnormals too), and processors convert float16 at full speed.
+        Where it is not compiled: an e4m3 value's bits, its sign moved to the top, are those of a float16 of 1/256 of
+        the value (exponent biases 7 and 15; subnormals too), and processors convert float16 at full speed.
         """
+        loops = loops_for(out.dtype)
+        if loops is not None and bool(stored[SCALES].isfinite().all()):
+            values = stored["hidden_states"].view(torch.uint8).numpy()
+            loops.fp8_decode(values, stored[SCALES].numpy(), states.hidden_size, out.view(torch.uint16).numpy())
+            return
         shape = (len(out), states.layers, states.hidden_size)
         bits = stored["hidden_states"].view(torch.int8).view(shape).numpy()
         scales, out = stored[SCALES][..., None] * 256.0, out.view(shape)
@@ -125,6 +131,23 @@ def _on_device(layers: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
     stored.copy_(values, non_blocking=True)
     errors = values.float().div_(_HALF).sub_(scaled)
     return scales, _sums(torch.stack([scaled, errors]).square_())
+
+
+def _on_host(tokens: int, dtype: torch.dtype, states: States) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """:func:`_on_device` for a CPU and at most ``tokens`` at a time."""
+    loops = loops_for(dtype)
+    if loops is None:
+        return _OnHost(tokens, dtype, states)
+
+    def encode(layers: Tensor, stored: Tensor) -> tuple[Tensor, Tensor]:
+        scales, sums = torch.empty(layers.shape[:2]), torch.empty(2, *layers.shape[:2])
+        rows, values = layers.flatten(1).view(torch.uint16).numpy(), stored.flatten(1).view(torch.uint8).numpy()
+        if loops.fp8_encode(rows, states.hidden_size, values, scales.numpy(), sums.numpy()):
+            return scales, sums
+        # NaN and Inf go as they go everywhere.
+        return _OnHost(len(layers), dtype, states)(layers, stored)
+
+    return encode
 
 
 class _OnHost:

@@ -8,12 +8,16 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import chain, islice, pairwise
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cache_format.codecs.compiled import loops_for
 from cache_format.codecs.entropy import coder
 from cache_format.codecs.quant_statistics import GROUPS, Statistics
 
@@ -39,6 +43,36 @@ AsTheyAre = tuple[np.ndarray | slice, np.ndarray | slice, np.ndarray]
 """Rows, columns, and the bits of the features there ``[k]``; slices where they are a whole layer's, ``[m, H]``."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Unpacked:
+    """The first ``m`` rows of a layer's block."""
+
+    steps: np.ndarray
+    """bfloat16's bits ``[m]``"""
+    symbols: list[np.ndarray]
+    """int8 ``[m, .]`` of each group that has channels; none where the block is stored as it is"""
+    as_they_are: AsTheyAre
+
+
+@dataclass(frozen=True, slots=True)
+class _Quantised:
+    """The rows of a block, ``n`` of them."""
+
+    symbols: list[np.ndarray]
+    """int8 ``[n, .]`` of each group that has channels, layer by layer"""
+    steps: np.ndarray
+    """bfloat16's bits ``[L, n]``"""
+    places: list[np.ndarray]
+    """of each layer uint32: row * H + channel of what is stored as it is, ascending"""
+
+
+_NO_SYMBOLS = np.frombuffer(b"", np.int8).reshape(0, 0)
+"""Of a group without channels."""
+
+_INFINITE = np.uint16(0x7F80)
+"""The exponent of what is not finite in bfloat16."""
+
+
 class QuantLayers:
     """Encodes and decodes blocks of some layers; thread-safe."""
 
@@ -60,7 +94,11 @@ class QuantLayers:
         places = np.concatenate(order)
         self._sorted, self._unsorted = torch.from_numpy(places), torch.from_numpy(np.argsort(places))
         self._is_sorted = bool((np.diff(places) > 0).all())
-
+        self._all_groups = [group for of_layer in self._groups for group in of_layer]
+        self._order, self._places = (
+            (tensor.numpy() % self._hidden_size).reshape(-1, self._hidden_size).astype(np.uint32)
+            for tensor in (self._sorted, self._unsorted)
+        )
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -73,34 +111,61 @@ class QuantLayers:
 
     def encoded(self, rows: np.ndarray, energy: np.ndarray, dtype: torch.dtype) -> list[Block]:
         """Of each layer the block of ``rows [n, L*H]``; writes ``energy [n, 2, L]``: of features, of errors."""
-        count, (layers, hidden_size) = len(rows), self.shape
-        symbols, steps = _symbols(rows.shape), np.empty((count, layers), np.float32)
-        places = [np.empty((3, 0), np.int64)]
-        for part in _parts(count, rows.shape[1], _AT_ONCE):
-            # What overflows, or is not a number, is stored as it is.
-            with np.errstate(over="ignore", invalid="ignore"):
-                found = self._quantised(rows[part], dtype, symbols[part], steps[part], energy[part])
-            found[0] += part.start
-            places.append(found)
-        row, layer, channel = np.concatenate(places, axis=1)
-        blocks, stored_steps = [], (steps.view("<u4").T >> 16).astype("<u2", order="C")
+        count, hidden_size = len(rows), self.shape[1]
+        quantised = self._quantised(rows, energy, dtype)
+        all_coded = iter(coder().coded(quantised.symbols))
+        blocks = []
         for number, groups in enumerate(self._groups):
-            coded = [coder().coded(np.ascontiguousarray(symbols[:, group])) for group in groups]
-            of_layer = layer == number
-            at, where = row[of_layer], channel[of_layer]
-            as_they_are = rows[at, number * hidden_size + where]
-            numbers = np.array([len(at), *map(len, coded)], "<u4")
-            block = [stored_steps[number], numbers, *coded, (at * hidden_size + where).astype("<u4"), as_they_are]
+            coded, places = list(islice(all_coded, len(groups))), quantised.places[number]
+            row, channel = np.divmod(places, hidden_size)
+            as_they_are = rows[row, number * hidden_size + channel]
+            numbers = np.array([len(places), *map(len, coded)], "<u4")
+            block = [quantised.steps[number], numbers, *coded, places, as_they_are]
             if sum(data.nbytes for data in block) >= count * hidden_size * rows.itemsize:
                 block = [np.ascontiguousarray(rows[:, number * hidden_size : (number + 1) * hidden_size])]
                 energy[:, 1, number] = 0
             blocks.append(block)
         return blocks
 
-    def _quantised(
+    def _quantised(self, rows: np.ndarray, energy: np.ndarray, dtype: torch.dtype) -> _Quantised:
+        loops = loops_for(dtype)
+        return self._in_parts(rows, energy, dtype) if loops is None else self._compiled(loops, rows, energy)
+
+    def _compiled(self, loops: ModuleType, rows: np.ndarray, energy: np.ndarray) -> _Quantised:
+        count, layers = len(rows), len(self._groups)
+        symbols = _memory("symbols", (rows.size,), np.int8)
+        places, counts = _memory("places", (rows.size,), np.uint32), np.empty(layers, np.int64)
+        ends, limits = np.array([group.stop for group in self._all_groups]), (_LEAST_STEP, _LARGEST_STEP)
+        steps = np.empty((layers, count), np.uint16)
+        loops.quant_encode(
+            rows, self._mean, self._share, limits, self._order, ends, symbols, steps, energy, places, counts
+        )
+        apart = [symbols[group.start * count : group.stop * count] for group in self._all_groups]
+        at = np.cumsum([0, *counts]).tolist()
+        return _Quantised(apart, steps, [places[start:stop].copy() for start, stop in pairwise(at)])
+
+    def _in_parts(self, rows: np.ndarray, energy: np.ndarray, dtype: torch.dtype) -> _Quantised:
+        count, (layers, hidden_size) = len(rows), self.shape
+        symbols, steps = _memory("symbols", rows.shape, np.int8), np.empty((count, layers), np.float32)
+        found = [np.empty((3, 0), np.int64)]
+        for part in _parts(count, rows.shape[1], _AT_ONCE):
+            # What overflows, or is not a number, is stored as it is.
+            with np.errstate(over="ignore", invalid="ignore"):
+                found.append(self._in_passes(rows[part], dtype, symbols[part], steps[part], energy[part]))
+            found[-1][0] += part.start
+        row, layer, channel = np.concatenate(found, axis=1)
+        places = (row * hidden_size + channel).astype("<u4")
+        return _Quantised(
+            [np.ascontiguousarray(symbols[:, group]) for group in self._all_groups],
+            (steps.view("<u4").T >> 16).astype("<u2", order="C"),
+            [places[layer == number] for number in range(layers)],
+        )
+
+    def _in_passes(
         self, rows: np.ndarray, dtype: torch.dtype, symbols: np.ndarray, steps: np.ndarray, energy: np.ndarray
     ) -> np.ndarray:
-        """Quantise some rows into ``symbols [n, L*H]`` (sorted by group) and ``steps [n, L]``; writes ``energy``.
+        """Quantise some rows, in passes over all of them, into ``symbols [n, L*H]`` (sorted by group) and ``steps
+        [n, L]``; writes ``energy``.
 
         Returns:
             int64 ``[3, k]``: row, layer and channel of what is stored as it is, ascending.
@@ -150,9 +215,17 @@ class QuantLayers:
         Raises:
             ValueError: they are damaged.
         """
-        symbols, steps = _symbols(out.shape), np.zeros((len(out), self.shape[0]), np.uint16)
-        as_they_are = self.unpack(blocks, count, symbols, steps, out.itemsize)
-        self._dequantise(symbols, (steps.astype(np.uint32) << 16).view(np.float32), _as_tensor(out, dtype))
+        loops = loops_for(dtype)
+        if loops is None:
+            symbols, steps = _memory("symbols", out.shape, np.int8), np.zeros((len(out), self.shape[0]), np.uint16)
+            as_they_are = self.unpack(blocks, count, symbols, steps, out.itemsize)
+            self._dequantise(symbols, _float32(steps), _as_tensor(out, dtype))
+        else:
+            found = list(self._unpacked(blocks, count, len(out), out.itemsize))
+            groups = [(*layer.symbols, *[_NO_SYMBOLS] * (GROUPS - len(layer.symbols))) for layer in found]
+            all_steps = _float32(np.stack([layer.steps for layer in found]))
+            loops.quant_decode(tuple(chain(*groups)), self._places, self._is_sorted, self._mean, all_steps, out)
+            as_they_are = [layer.as_they_are for layer in found]
         for row, column, features in as_they_are:
             out[row, column] = features
 
@@ -168,36 +241,49 @@ class QuantLayers:
         Raises:
             ValueError: they are damaged.
         """
-        rows, hidden_size = len(symbols), self.shape[1]
         as_they_are: list[AsTheyAre] = []
+        for number, found in enumerate(self._unpacked(blocks, count, len(symbols), itemsize)):
+            groups = self._groups[number]
+            for group, coded in zip(groups, found.symbols or [np.int8(0)] * len(groups), strict=True):
+                symbols[:, group] = coded
+            steps[:, number] = found.steps
+            as_they_are.append(found.as_they_are)
+        return as_they_are
+
+    def _unpacked(self, blocks: Sequence[np.ndarray], count: int, rows: int, itemsize: int) -> Iterator[_Unpacked]:
+        """The first ``rows`` of each layer's block of ``count``, entropy-decoded."""
+        hidden_size, parts, coded, counts = self.shape[1], [], [], []
         for number, (block, groups) in enumerate(zip(blocks, self._groups, strict=True)):
+            first = number * hidden_size
             if len(block) == count * hidden_size * itemsize:
-                symbols[:, groups[0].start : groups[-1].stop], steps[:, number] = 0, 0
-                columns = slice(number * hidden_size, (number + 1) * hidden_size)
-                as_they_are.append((slice(None), columns, block.view(f"<u{itemsize}").reshape(count, -1)[:rows]))
+                features = block.view(f"<u{itemsize}").reshape(count, -1)[:rows]
+                parts.append((0, np.zeros(rows, np.uint16), (slice(None), slice(first, first + hidden_size), features)))
                 continue
             begin = 2 * count + 4 * (1 + len(groups))
             if len(block) < begin:
                 raise ValueError("a block is cut off")
             # Bytes that are not aligned are copied first.
-            steps[:, number] = block[: 2 * rows].copy().view("<u2")
+            steps = block[: 2 * rows].copy().view("<u2")
+            if ((steps & _INFINITE) == _INFINITE).any():
+                raise ValueError("a step in a block is not finite")
             num_escaped, *sizes = block[2 * count : begin].copy().view("<u4").tolist()
             if begin + sum(sizes) + num_escaped * (4 + itemsize) != len(block):
                 raise ValueError("the sizes in a block do not add up")
             for group, size in zip(groups, sizes, strict=True):
-                width = group.stop - group.start
-                found = coder().decoded(block[begin : begin + size], count * width)
-                symbols[:, group] = found.view(np.int8).reshape(count, width)[:rows]
+                coded.append(block[begin : begin + size])
+                counts.append(count * (group.stop - group.start))
                 begin += size
-            if num_escaped:
-                places = block[begin : begin + 4 * num_escaped].copy().view("<u4").astype(np.int64)
-                if places.max() >= count * hidden_size:
-                    raise ValueError("a block has a feature beyond its end")
-                within = places < rows * hidden_size
-                row, channel = places[within] // hidden_size, places[within] % hidden_size
-                features = block[begin + 4 * num_escaped :].copy().view(f"<u{itemsize}")[within]
-                as_they_are.append((row, number * hidden_size + channel, features))
-        return as_they_are
+            places = block[begin : begin + 4 * num_escaped].copy().view("<u4").astype(np.int64)
+            if num_escaped and places.max() >= count * hidden_size:
+                raise ValueError("a block has a feature beyond its end")
+            within = places < rows * hidden_size
+            row, channel = np.divmod(places[within], hidden_size)
+            features = block[begin + 4 * num_escaped :].copy().view(f"<u{itemsize}")[within]
+            parts.append((len(groups), steps, (row, first + channel, features)))
+        symbols = iter(coder().decoded(coded, counts))
+        for num_groups, steps, as_they_are in parts:
+            found = [part.view(np.int8).reshape(count, -1)[:rows] for part in islice(symbols, num_groups)]
+            yield _Unpacked(steps, found, as_they_are)
 
     def decode_on_device(
         self, symbols: Tensor, steps: Tensor, filled: Tensor, places: Tensor, features: Tensor, dtype: torch.dtype
@@ -255,6 +341,11 @@ def _as_tensor(bits: np.ndarray, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(bits.view(f"<i{bits.itemsize}")).view(dtype)
 
 
+def _float32(bits: np.ndarray) -> np.ndarray:
+    """The bfloat16 values whose bits these are."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
 def _widen(rows: np.ndarray, dtype: torch.dtype, out: np.ndarray) -> None:
     """The elements whose bits ``rows`` are, as float32."""
     if dtype == torch.bfloat16:
@@ -278,16 +369,14 @@ _thread = threading.local()
 
 
 def _scratch(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Two float32 arrays, not cleared, that this thread uses again: new pages cost time."""
-    count, found = math.prod(shape), getattr(_thread, "scratch", None)
-    if found is None or len(found[0]) < count:
-        found = _thread.scratch = [np.empty(max(count, _AT_ONCE), np.float32) for _ in range(2)]
-    return found[0][:count].reshape(shape), found[1][:count].reshape(shape)
+    """Two float32 arrays, of :func:`_memory`."""
+    return _memory("wide", shape, np.float32), _memory("rest", shape, np.float32)
 
 
-def _symbols(shape: tuple[int, ...]) -> np.ndarray:
-    """int8, not cleared, that this thread uses again."""
-    count, found = math.prod(shape), getattr(_thread, "symbols", None)
+def _memory(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Not cleared, and used again by this thread: new pages cost time."""
+    count, found = math.prod(shape), getattr(_thread, name, None)
     if found is None or len(found) < count:
-        found = _thread.symbols = np.empty(max(count, _AT_ONCE), np.int8)
+        found = np.empty(max(count, _AT_ONCE), dtype)
+        setattr(_thread, name, found)
     return found[:count].reshape(shape)

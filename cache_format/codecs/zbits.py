@@ -17,7 +17,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from cache_format.codecs.compiled import loops_for
 from cache_format.codecs.entropy import coder
 from cache_format.codecs.interface import BLOCK_STARTS, BlockCodec, HeadTensor, States
 
@@ -25,6 +27,9 @@ EXPONENTS = "hidden_states_exponents"
 
 BLOCK_ELEMENTS = 1 << 17
 """A block has as many rows as hold at most this many elements, and at least one."""
+
+_AT_ONCE = 8
+"""Blocks that are coded in one call."""
 
 _SAMPLED_ROWS = 129
 _SIGN_AND_MANTISSA = np.uint16(0x807F)
@@ -50,9 +55,7 @@ class ZbitsCodec(BlockCodec):
         exponents = np.zeros(-(-states.width // 8) * 8, np.uint8)
         if len(rows):
             sampled = rows[np.linspace(0, len(rows) - 1, min(_SAMPLED_ROWS, len(rows))).astype(np.int64)]
-            found = _exponents(_upper(sampled))
-            middle = len(found) // 2
-            exponents[: states.width] = np.partition(found, middle, axis=0)[middle]
+            exponents[: states.width] = _medians(_exponents(_upper(sampled)))
         return {EXPONENTS: exponents}
 
     def most_bytes(self, num_tokens: int, states: States) -> int:
@@ -71,16 +74,18 @@ class ZbitsCodec(BlockCodec):
         usual = shared[EXPONENTS][: rows.shape[1]]
         blocks = list(_blocks(len(rows), rows.shape[1]))
         sizes, at = np.empty(len(blocks), "<u4"), 4 * len(blocks)
-        compressor = coder()
-        for number, block in enumerate(blocks):
-            upper = _upper(rows[block])
-            exponents = _exponents(upper) - usual
-            coded = compressor.coded(exponents)
-            sizes[number] = len(coded)
-            at = _append(out, at, coded)
-            at = _append(out, at, ((upper & 0x7F) | (upper >> 8 & 0x80)).astype(np.uint8))
-            if rows.itemsize == 4:
-                at = _append(out, at, (rows[block] & 0xFFFF).astype("<u2"))
+        for first in range(0, len(blocks), _AT_ONCE):
+            some = blocks[first : first + _AT_ONCE]
+            start = some[0].start
+            exponents, rest = _split(rows[start : some[-1].stop], usual, states.dtype)
+            places = [slice(block.start - start, block.stop - start) for block in some]
+            coded = coder().coded([exponents[place] for place in places])
+            sizes[first : first + len(some)] = [len(part) for part in coded]
+            for block, place, part in zip(some, places, coded, strict=True):
+                at = _append(out, at, part)
+                at = _append(out, at, rest[place])
+                if rows.itemsize == 4:
+                    at = _append(out, at, (rows[block] & 0xFFFF).astype("<u2"))
         _append(out, 0, sizes)
         return at
 
@@ -98,16 +103,15 @@ class ZbitsCodec(BlockCodec):
         ends[1:] += np.cumsum([(block.stop - block.start) * width * rest for block in blocks], dtype=np.int64)
         if ends[-1] != len(stored):
             raise ValueError(f"it has {len(stored):,} bytes, its blocks {int(ends[-1]):,}")
-        decompressor = coder()
-        for block, start, stop in zip(blocks, ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-            if block.start >= len(out):
-                return
-            count = block.stop - block.start
-            tail = stop - count * width * rest
-            exponents = decompressor.decoded(stored[start:tail], count * width).reshape(count, width)
-            bits = stored[tail : tail + count * width].reshape(count, width)
-            lower = stored[tail + count * width : stop].view("<u2").reshape(count, width) if rest > 1 else None
-            _join(out[block], exponents, usual, bits, lower)
+        places = zip(blocks, ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+        wanted = [place for place in places if place[0].start < len(out)]
+        for first in range(0, len(wanted), _AT_ONCE):
+            some = wanted[first : first + _AT_ONCE]
+            counts = [(block.stop - block.start) * width for block, _, _ in some]
+            tails = [stop - count * rest for (_, _, stop), count in zip(some, counts, strict=True)]
+            coded = [stored[start:tail] for (_, start, _), tail in zip(some, tails, strict=True)]
+            for (block, _, stop), tail, exponents in zip(some, tails, coder().decoded(coded, counts), strict=True):
+                _join(out[block], exponents.reshape(-1, width), usual, stored[tail:stop], states.dtype)
 
 
 _thread = threading.local()
@@ -137,29 +141,51 @@ def _exponents(upper: np.ndarray) -> np.ndarray:
     return (upper >> 7).astype(np.uint8)
 
 
+def _medians(values: np.ndarray) -> np.ndarray:
+    """uint8: of each column of ``values [n, W]``, n up to 255, its value of rank ``n // 2``; bit by bit.
+
+    A tenth of the time of ``np.partition``, which one encoder would take while the others wait.
+    """
+    found = np.zeros(values.shape[1], np.uint8)
+    for bit in (128, 64, 32, 16, 8, 4, 2, 1):
+        is_below = values < (found | np.uint8(bit))
+        found[np.add.reduce(is_below.view(np.uint8), axis=0, dtype=np.uint8) <= len(values) // 2] |= np.uint8(bit)
+    return found
+
+
+def _split(rows: np.ndarray, usual: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """uint8: the exponents less the usual ones, and signs and mantissas."""
+    loops = loops_for(dtype)
+    if loops is None:
+        upper = _upper(rows)
+        return _exponents(upper) - usual, ((upper & 0x7F) | (upper >> 8 & 0x80)).astype(np.uint8)
+    exponents, rest = _scratch(rows.shape).view(np.uint8).reshape(2, *rows.shape)
+    loops.zbits_split(rows, usual, exponents, rest)
+    return exponents, rest
+
+
 def _append(out: np.ndarray, at: int, data: np.ndarray) -> int:
     raw = data.reshape(-1).view(np.uint8)
-    out[at : at + len(raw)] = raw
+    # Not numpy's copy: it lets go of Python's lock, and waits for it.
+    out[at : at + len(raw)].data[:] = raw.data
     return at + len(raw)
 
 
-def _join(
-    out: np.ndarray,
-    exponents: np.ndarray,
-    usual: np.ndarray,
-    bits: np.ndarray,
-    lower: np.ndarray | None,
-) -> None:
+def _join(out: np.ndarray, exponents: np.ndarray, usual: np.ndarray, tail: np.ndarray, dtype: torch.dtype) -> None:
     """Put the elements ``out`` (perhaps fewer rows) together again, in passes that run at a vector unit's speed."""
-    rows = len(out)
-    upper = out if lower is None else _scratch(out.shape)
+    rows, loops = len(out), loops_for(dtype)
+    bits, lower = tail[: exponents.size].reshape(exponents.shape), tail[exponents.size :].view("<u2")
+    if loops is not None:
+        loops.zbits_join(exponents, usual, bits, out)
+        return
+    upper = out if not len(lower) else _scratch(out.shape)
     # Sign-extended, the sign bit stands at bit 15 too.
     np.copyto(upper.view(np.int16), bits[:rows].view(np.int8))
     np.bitwise_and(upper, _SIGN_AND_MANTISSA, out=upper)
     wide = (exponents[:rows] + usual).astype(np.uint16)
     np.left_shift(wide, 7, out=wide)
     np.bitwise_or(upper, wide, out=upper)
-    if lower is not None:
+    if len(lower):
         np.copyto(out, upper)
         np.left_shift(out, 16, out=out)
-        np.bitwise_or(out, lower[:rows], out=out)
+        np.bitwise_or(out, lower.reshape(exponents.shape)[:rows], out=out)

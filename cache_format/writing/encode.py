@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, wait
 from itertools import pairwise
 
@@ -14,6 +14,9 @@ from cache_format.codecs import BlockCodec, RowCodec, States
 from cache_format.codecs.interface import BLOCK_STARTS, BLOCKS
 from cache_format.layout.shard_layout import ShardSchema
 from cache_format.writing.shard_buffer import ShardBuffer
+
+_RUN_BYTES = 8 << 20
+"""Samples that one thread encodes at a time: to hand work over takes as long as to encode some thousand tokens."""
 
 
 def encode_shard(
@@ -78,33 +81,48 @@ def _encode_blocks(
     for name, values in shared.items():
         into.tensor(name).numpy()[:] = values
     starts, blocks = into.tensor(BLOCK_STARTS).numpy(), into.tensor(BLOCKS).numpy()
-    starts[0] = 0
     energies = np.zeros((len(rows) if not codec.lossless else 0, 2, states.layers))
-    samples = list(zip(into.cu_seqlens.tolist(), into.cu_seqlens[1:].tolist(), strict=False))
+    samples = list(pairwise(into.cu_seqlens.tolist()))
+
+    def encode(run: range, out: np.ndarray) -> list[int]:
+        """Some samples, one after the other from the beginning of ``out``; how many bytes each takes."""
+        sizes, at = [], 0
+        for start, stop in samples[run.start : run.stop]:
+            sizes.append(codec.encode_sample(rows[start:stop], shared, out[at:], states, energies[start:stop]))
+            at += sizes[-1]
+        return sizes
+
     if encoders is None:
-        for i, (start, stop) in enumerate(samples):
-            size = codec.encode_sample(rows[start:stop], shared, blocks[starts[i] :], states, energies[start:stop])
-            starts[i + 1] = starts[i] + size
+        sizes = encode(range(len(samples)), blocks)
     else:
-        # Each where it would stand if all before it took the most they can.
+        sizes, there = [], 0
+        # Each run where it would stand if all before it took the most they can.
         most = [codec.most_bytes(stop - start, states) for start, stop in samples]
-        rooms = np.concatenate([[0], np.cumsum(most)]).tolist()
-        futures = [
-            encoders.submit(
-                codec.encode_sample, rows[start:stop], shared, blocks[low:high], states, energies[start:stop]
-            )
-            for (start, stop), (low, high) in zip(samples, pairwise(rooms), strict=True)
-        ]
+        rooms, runs = np.concatenate([[0], np.cumsum(most)]).tolist(), _runs(most)
+        futures = [encoders.submit(encode, run, blocks[rooms[run.start] : rooms[run.stop]]) for run in runs]
         try:
-            for i, future in enumerate(futures):
-                starts[i + 1] = starts[i] + future.result()
-                _move(blocks, rooms[i], int(starts[i]), int(starts[i + 1] - starts[i]))
+            for run, future in zip(runs, futures, strict=True):
+                found = future.result()
+                _move(blocks, rooms[run.start], there, sum(found))
+                sizes, there = sizes + found, there + sum(found)
         finally:
             # They write into this buffer.
             wait(futures)
+    starts[:] = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     if not codec.lossless:
         into.put_energy(torch.from_numpy(energies))
     into.end_blocks(int(starts[-1]))
+
+
+def _runs(num_bytes: Sequence[int]) -> list[range]:
+    """Items of so many bytes, in runs of at least ``_RUN_BYTES``, the last apart."""
+    runs, begin, size = [], 0, 0
+    for number, of_item in enumerate(num_bytes, 1):
+        size += of_item
+        if size >= _RUN_BYTES or number == len(num_bytes):
+            runs.append(range(begin, number))
+            begin, size = number, 0
+    return runs
 
 
 def _move(memory: np.ndarray, source: int, target: int, count: int) -> None:
