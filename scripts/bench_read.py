@@ -7,15 +7,17 @@ batches padded to their longest sample. GB/s count real tokens only, so padding 
 the same four tensors. Each of the others is run in a plain loop and in a torch DataLoader with two worker processes;
 the better of the two counts.
   memcpy        one thread, and all of them, between two 256 MiB buffers
-  raw read      preadv of the whole shards into one reused buffer a thread
-  ours          cache.loader(batch_size, threads)
+  raw read      preadv of the whole shards into one reused buffer a thread, which stays in the processor's cache; and
+                with a place in memory for each byte, as a batch has: the limit of all that reads files
+  ours          cache.loader(batch_size, threads); beside it, how much of a batch is padding, which is zeroed each time
   ours, codec   the same of recoded caches, B=4; GB/s of the states that come out, as bfloat16 in a batch on the host
   safe_open     safetensors' get_slice on our own shards, sample by sample, then collate
   per sample    one safetensors file a sample, load_file, then collate
   torch.save    one torch.save file a sample, torch.load, then collate
   padded        safetensors shards of samples padded to the longest of all, get_slice, then cut and collate
   mmap          a numpy memmap of flat shards, a copy of each sample, then collate
-Cold: the files' pages are dropped before every pass; the limit is then the raw read of the same shards, also cold.
+Cold: the files' pages are dropped before every pass, B=4; the limit of raw states is then the raw read of the same
+shards, also cold. The others read in a plain loop.
 Last: opening caches of 10^3 to 10^7 samples, and the time to the first batch.
 """
 
@@ -51,6 +53,7 @@ from cache_format.upkeep.recode import recode
 CORES = os.cpu_count() or 1
 FIELDS = ("hidden_states", "input_ids", "loss_mask")
 SAMPLES_A_PADDED_SHARD = 16
+CODECS = ("zbits", "fp8", "quant", "quant:fine")
 
 
 class Peer(Dataset):
@@ -59,6 +62,9 @@ class Peer(Dataset):
     def __init__(self, cache: FeatureCache, folder: Path):
         self.folder, self.lengths = folder, cache.index.num_tokens
         self.handles: dict[Path, object] = {}
+
+    def write(self, cache: FeatureCache) -> None:
+        """Make its files."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -88,10 +94,9 @@ class SafeOpen(Peer):
 
 
 class PerSample(Peer):
-    def __init__(self, cache: FeatureCache, folder: Path):
-        super().__init__(cache, folder)
+    def write(self, cache: FeatureCache) -> None:
         for i in range(len(cache)):
-            save_file(sample_tensors(cache, i), folder / f"{i}.safetensors")
+            save_file(sample_tensors(cache, i), self.folder / f"{i}.safetensors")
 
     def read(self, i: int) -> Iterable[Tensor]:
         tensors = load_file(self.folder / f"{i}.safetensors")
@@ -99,10 +104,9 @@ class PerSample(Peer):
 
 
 class TorchSave(Peer):
-    def __init__(self, cache: FeatureCache, folder: Path):
-        super().__init__(cache, folder)
+    def write(self, cache: FeatureCache) -> None:
         for i in range(len(cache)):
-            torch.save(sample_tensors(cache, i), folder / f"{i}.pt")
+            torch.save(sample_tensors(cache, i), self.folder / f"{i}.pt")
 
     def read(self, i: int) -> Iterable[Tensor]:
         tensors = torch.load(self.folder / f"{i}.pt", weights_only=True)
@@ -110,8 +114,7 @@ class TorchSave(Peer):
 
 
 class Padded(Peer):
-    def __init__(self, cache: FeatureCache, folder: Path):
-        super().__init__(cache, folder)
+    def write(self, cache: FeatureCache) -> None:
         longest = int(cache.index.num_tokens.max())
         for first in range(0, len(cache), SAMPLES_A_PADDED_SHARD):
             numbers = range(first, min(first + SAMPLES_A_PADDED_SHARD, len(cache)))
@@ -122,7 +125,7 @@ class Padded(Peer):
                         name, torch.zeros(len(numbers), longest, *tensor.shape[1:], dtype=tensor.dtype)
                     )
                     whole[row, : len(tensor)] = tensor
-            save_file(shard, folder / f"{first}.safetensors")
+            save_file(shard, self.folder / f"{first}.safetensors")
 
     def read(self, i: int) -> Iterable[Tensor]:
         first = i - i % SAMPLES_A_PADDED_SHARD
@@ -136,11 +139,13 @@ class Mapped(Peer):
         super().__init__(cache, folder)
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)])
         self.width = cache.manifest.width
+        self.maps: dict[str, np.ndarray] = {}
+
+    def write(self, cache: FeatureCache) -> None:
         for name in FIELDS:
-            with open(folder / name, "wb") as file:
+            with open(self.folder / name, "wb") as file:
                 for i in range(len(cache)):
                     file.write(sample_tensors(cache, i)[name].contiguous().view(torch.uint8).numpy().data)
-        self.maps: dict[str, np.ndarray] = {}
 
     def read(self, i: int) -> Iterable[Tensor]:
         for name, dtype in zip(FIELDS, (np.uint16, np.int64, np.int64), strict=True):
@@ -170,16 +175,28 @@ def drain(batches: Iterable[DFlashTargetBatch]) -> None:
         assert batch.hidden_states.shape[2]
 
 
-def raw_read(cache: Path) -> None:
-    def work(path: Path) -> None:
-        buffer, offset = np.empty(4 << 20, np.uint8), 0
+def raw_read(cache: Path, memory: np.ndarray | None = None) -> None:
+    """Read the shards: into a small buffer a thread, or each byte to its own place in ``memory``."""
+    paths = sorted((cache / "shards").iterdir())
+    begins = np.cumsum([0, *(path.stat().st_size for path in paths)]).tolist()
+
+    def work(path: Path, begin: int) -> None:
+        buffer, offset = np.empty(4 << 20, np.uint8) if memory is None else memory[begin:][: 4 << 20], 0
         fd = os.open(path, os.O_RDONLY)
         while count := os.preadv(fd, [buffer.data], offset):
             offset += count
+            if memory is not None:
+                buffer = memory[begin + offset :][: 4 << 20]
         os.close(fd)
 
     with ThreadPoolExecutor(CORES) as pool:
-        list(pool.map(work, sorted((cache / "shards").iterdir())))
+        list(pool.map(work, paths, begins[:-1]))
+
+
+def padding(cache: FeatureCache, batch_size: int) -> float:
+    """The share of an epoch's batches that no token fills."""
+    masks = [batch.attention_mask for batch in cache.loader(batch_size, shuffle=True)]
+    return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
 def memcpy(threads: int) -> float:
@@ -207,64 +224,85 @@ def measure(ways: dict[str, Callable[[], float]], repeat: int) -> dict[str, floa
     return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
-def second_epoch(cache: FeatureCache, batch_size: int, threads: int) -> float:
-    """Seconds of an epoch whose buffers are there already, as in all epochs but the first."""
+def later_epoch(cache: FeatureCache, batch_size: int, threads: int) -> float:
+    """Seconds of an epoch whose buffers are there already, as in a training.
+
+    A buffer's pages come when a batch first reaches them, so that a cache of few batches needs some epochs.
+    """
     loader = cache.loader(batch_size, shuffle=True, threads=threads)
-    drain(loader)
+    for _ in range(4):
+        drain(loader)
     return timed(lambda: drain(loader))
 
 
 def warm_table(cache: FeatureCache, folder: Path, repeat: int) -> None:
     num_bytes = int(cache.index.num_tokens.sum()) * cache.manifest.schema().token_bytes
     order = np.random.default_rng(0).permutation(len(cache)).tolist()
-    ways: dict[str, Callable[[], float]] = {"raw read": lambda: timed(lambda: raw_read(cache.path))}
+    places = np.zeros(sum(path.stat().st_size for path in (cache.path / "shards").iterdir()) + (4 << 20), np.uint8)
+    ways: dict[str, Callable[[], float]] = {
+        "raw read": lambda: timed(lambda: raw_read(cache.path)),
+        "raw read, places of its own": lambda: timed(lambda: raw_read(cache.path, places)),
+    }
     for size in (1, 4, 16):
         for threads in (1, 2, 4):
-            ways[f"ours B={size:<2} threads={threads}"] = partial(second_epoch, cache, size, threads)
-    for codec in ("zbits", "fp8"):
-        recode(cache, folder / codec, codec, threads=CORES)
+            ways[f"ours B={size:<2} threads={threads}"] = partial(later_epoch, cache, size, threads)
+    for codec in CODECS:
+        recode(cache, folder / codec.replace(":", "-"), codec, threads=CORES)
         for threads in (1, 2, 4):
-            recoded = FeatureCache.open(folder / codec)
-            ways[f"ours, {codec} threads={threads}"] = partial(second_epoch, recoded, 4, threads)
+            recoded = FeatureCache.open(folder / codec.replace(":", "-"))
+            ways[f"ours, {codec}, threads={threads}"] = partial(later_epoch, recoded, 4, threads)
     ways["ours cache[i], no copy"] = lambda: timed(lambda: drain(cache[i] for i in order))
     for name, kind in PEERS.items():
         place = folder / name
         place.mkdir()
         peer = kind(cache, place)
+        peer.write(cache)
         for workers in (0, 2):
             batches = DataLoader(peer, batch_size=4, sampler=order, collate_fn=collate, num_workers=workers)
             ways[f"{name} workers={workers}"] = lambda it=batches: timed(lambda: drain(it))  # type: ignore[misc]
-    copies = {threads: memcpy(threads) for threads in (1, CORES)}
+    # In turn with the rest: memory's speed changes from minute to minute on a shared machine.
+    for threads in (1, CORES):
+        ways[f"memcpy threads={threads}"] = lambda threads=threads: num_bytes / memcpy(threads) / 1e9  # type: ignore[misc]
     speed = {name: num_bytes / took / 1e9 for name, took in measure(ways, repeat).items()}
-    best_copy = max(copies.values())
-    for threads, value in copies.items():
-        print(f"{f'memcpy threads={threads}':28}{value:8.2f} GB/s{value / best_copy:8.0%}")
+    best_copy = max(value for name, value in speed.items() if name.startswith("memcpy"))
     for name, value in speed.items():
         print(f"{name:28}{value:8.2f} GB/s{value / best_copy:8.0%} of memcpy")
+    for size in (1, 4, 16):
+        print(f"B={size}: {padding(cache, size):.0%} of a batch is padding")
     ours = max(value for name, value in speed.items() if name.startswith("ours B=4"))
     peer_name, peer_speed = max(
         ((n, v) for n, v in speed.items() if n.split(" workers")[0] in PEERS), key=lambda x: x[1]
     )
-    for codec in ("zbits", "fp8"):
-        best = max(value for name, value in speed.items() if name.startswith(f"ours, {codec}"))
+    for codec in CODECS:
+        best = max(value for name, value in speed.items() if name.startswith(f"ours, {codec},"))
         print(f"B=4, {codec}: {best:.2f} GB/s is {best / peer_speed:.1f}x the best of the others with raw states")
     print(f"B=4: ours {ours:.2f} GB/s is {ours / peer_speed:.1f}x the best of the others ({peer_name})")
 
 
-def cold_table(path: Path, repeat: int) -> None:
-    # Opened anew: pages that a memory map holds would not be dropped.
-    cache = FeatureCache.open(path)
-    num_bytes = int(cache.index.num_tokens.sum()) * cache.manifest.schema().token_bytes
-    loader = cache.loader(4, shuffle=True)
+def cold_table(folder: Path, repeat: int) -> None:
+    """``folder``: what :func:`warm_table` made."""
+    index = FeatureCache.open(folder / "cache").index
+    num_bytes = int(index.num_tokens.sum()) * FeatureCache.open(folder / "cache").manifest.schema().token_bytes
+    order = np.random.default_rng(0).permutation(len(index)).tolist()
 
-    def cold(way: Callable[[], None]) -> float:
-        drop_pages(path)
+    def cold(place: str, way: Callable[[], None]) -> float:
+        drop_pages(folder / place)
         return timed(way)
 
-    ways = {
-        "raw read, cold": lambda: cold(lambda: raw_read(path)),
-        "ours B=4, cold": lambda: cold(lambda: drain(loader)),
-    }
+    # All are opened anew in each round: pages that a memory map holds would not be dropped.
+    def ours(place: str) -> None:
+        drain(FeatureCache.open(folder / place).loader(4, shuffle=True))
+
+    def peer(name: str) -> None:
+        dataset = PEERS[name](FeatureCache.open(folder / "cache"), folder / name)
+        drain(DataLoader(dataset, batch_size=4, sampler=order, collate_fn=collate))
+
+    ways = {"raw read, cold": lambda: cold("cache", lambda: raw_read(folder / "cache"))}
+    for place in ("cache", *(codec.replace(":", "-") for codec in CODECS)):
+        name = "raw" if place == "cache" else place
+        ways[f"ours, {name}, cold"] = partial(cold, place, partial(ours, place))
+    for name in PEERS:
+        ways[f"{name}, cold"] = partial(cold, "cache" if name == "safe_open" else name, partial(peer, name))
     seconds = measure(ways, repeat)
     for name, took in seconds.items():
         print(f"{name:28}{num_bytes / took / 1e9:8.2f} GB/s{seconds['raw read, cold'] / took:8.0%} of the disk")
@@ -352,7 +390,7 @@ def main() -> None:
         print(f"{len(cache):,} samples, {tokens:,} tokens, {CORES} cores, median of {args.repeat}", flush=True)
         warm_table(cache, folder, args.repeat)
         del cache
-        cold_table(folder / "cache", args.repeat)
+        cold_table(folder, args.repeat)
         first_batch(folder / "cache", args.repeat)
         open_table(folder, args.repeat)
 
