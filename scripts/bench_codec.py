@@ -89,7 +89,7 @@ class Trial:
             return self.codec.encode(self.rows, self.stored, self.states)
         assert isinstance(self.codec, BlockCodec)
         self.shared = self.codec.shared(self.bits, self.states)
-        energy = np.zeros((2, self.states.layers))
+        energy = np.zeros((len(self.rows), 2, self.states.layers))
         return self.codec.encode_sample(self.bits, self.shared, self.memory, self.states, energy)
 
     def decode(self) -> None:

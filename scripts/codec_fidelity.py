@@ -71,7 +71,7 @@ class OneCodec:
         self._count = len(rows)
         if isinstance(self.codec, BlockCodec):
             bits = bits_of(rows, self.states)
-            energy = np.zeros((2, self.states.layers))
+            energy = np.zeros((len(rows), 2, self.states.layers))
             self._size = self.codec.encode_sample(bits, self._shared, self._memory, self.states, energy)
             return self._size
         assert isinstance(self.codec, RowCodec)

@@ -29,7 +29,7 @@ def realistic(tokens: int, states: States, seed: int = 0) -> torch.Tensor:
 def encoded(codec: ZbitsCodec, rows: torch.Tensor, states: States) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     bits = bits_of(rows, states)
     shared, out = codec.shared(bits, states), np.empty(codec.most_bytes(len(rows), states), np.uint8)
-    return out[: codec.encode_sample(bits, shared, out, states, np.zeros((2, states.layers)))], shared
+    return out[: codec.encode_sample(bits, shared, out, states, np.zeros((len(rows), 2, states.layers)))], shared
 
 
 def fp8(rows: torch.Tensor, states: States) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
