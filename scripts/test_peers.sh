@@ -15,7 +15,7 @@ if [ ! -e "$venv/.installed" ]; then
     # Without their dependencies (vLLM clients, kernels for GPUs, audio), then what their trainers import.
     "${pip[@]}" --no-deps nemo-automodel==0.7.0 speculators==0.9.0 nvidia-modelopt==0.47.0 hs-connectors==0.9.0
     "${pip[@]}" --no-deps torchao torchdata openai sniffio omegaconf pulp shortuuid
-    "${pip[@]}" httpx pydantic scipy
+    "${pip[@]}" httpx pydantic scipy pillow loguru pydantic-settings aiohttp requests ninja nvidia-ml-py
     touch "$venv/.installed"
 fi
 checks=(nemo speculators modelopt)

@@ -71,7 +71,9 @@ def environment(wheel, tmp_path_factory) -> Path:
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     site = next(folder.glob("lib/python*/site-packages"))
-    command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel]
+    command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps"]
+    # Also where PYTHONPATH has a folder that this package was installed from.
+    command += ["--ignore-installed", wheel]
     subprocess.run(command, check=True)
     (info,) = site.glob("*.dist-info")
     requirements = [
