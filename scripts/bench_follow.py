@@ -34,6 +34,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-follow-") as folder:
         cache = Path(folder) / "cache"
         tokens = options.shards * (options.shard_mib << 20) // (2 * 5 * options.hidden)
+        if tokens < 4 * 512 * options.shards:
+            parser.error("--shard-mib: a shard has to hold at least a batch, 4 samples of 512 tokens")
         synthetic_cache.write_cache(
             cache,
             [512] * (tokens // 512),

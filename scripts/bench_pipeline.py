@@ -197,6 +197,8 @@ def main() -> None:
         shutil.rmtree(options.out, ignore_errors=True)
         samples = prepared(options.out / "samples", round(options.gb * 1e9 / pool[0].nbytes), 4096)
         runner = runner_of(options.out, codec, pool, samples, options.rate * 1e9)
+        if len(runner.plan) <= WARM_UP:
+            parser.error(f"--gb {options.gb:g}: the first {WARM_UP} shards are not counted; give at least 3")
         measure(runner, codec)
         if isinstance(runner.schema.codec, BlockCodec):
             blocks.append(runner)
