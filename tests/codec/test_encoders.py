@@ -1,0 +1,67 @@
+"""Threads that encode a shard's samples side by side: the bytes of one, and a failure of any is told."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_quant import like_an_llm
+
+from cache_format.codecs import QuantCodec, States, codec_named
+from cache_format.layout.shard_layout import ShardSchema
+from cache_format.writing import encode
+from cache_format.writing.shard_buffer import ShardBuffer
+
+
+def shard(lengths: list[int], codec: str, path, encoders: ThreadPoolExecutor | None, into: ShardBuffer | None):
+    """A shard of such samples, committed: its bytes, and its memory."""
+    states, total = States(torch.bfloat16, 2, 48), sum(lengths)
+    rows = like_an_llm(total, states)
+    schema = ShardSchema(fingerprint="ab" * 32, codec=codec_named(codec).calibrated(rows, states), states=states)
+    raw = {"hidden_states": rows, **{name: torch.ones(total) for name in ("input_ids", "attention_mask", "loss_mask")}}
+    ids = np.arange(len(lengths))
+    into = encode.encode_shard(schema, 3, ids, np.array(lengths), raw, into, encoders)
+    into.commit(path)
+    return path.read_bytes(), into
+
+
+@given(
+    st.lists(st.integers(1, 90), min_size=1, max_size=30),
+    st.sampled_from(["zbits", "quant"]),
+    st.sampled_from([1, 700, 20_000, encode._RUN_BYTES]),
+)
+def test_the_bytes_are_those_of_one_thread(tmp_path_factory, lengths, codec, run_bytes):
+    folder = tmp_path_factory.mktemp("shard")
+    with patch.object(encode, "_RUN_BYTES", run_bytes), ThreadPoolExecutor(3) as encoders:
+        expected, into = shard(lengths, codec, folder / "one", None, None)
+        assert shard(lengths, codec, folder / "three", encoders, into)[0] == expected
+
+
+@given(st.lists(st.integers(0, 50)), st.integers(1, 100))
+def test_runs_have_every_item_once_in_order_and_enough_to_do(sizes, run_bytes):
+    with patch.object(encode, "_RUN_BYTES", run_bytes):
+        runs = encode._runs(sizes)
+    assert [item for run in runs for item in run] == list(range(len(sizes)))
+    assert all(sum(sizes[item] for item in run) >= run_bytes for run in runs[:-1])
+
+
+def test_a_sample_that_cannot_be_encoded_is_told_after_all_threads_are_done(tmp_path, monkeypatch):
+    done, real = [], QuantCodec.encode_sample
+
+    def failing(self, rows, *arguments):
+        if len(rows) == 7:
+            raise MemoryError("no room")
+        done.append(real(self, rows, *arguments))
+        return done[-1]
+
+    monkeypatch.setattr(QuantCodec, "encode_sample", failing)
+    monkeypatch.setattr(encode, "_RUN_BYTES", 1)
+    with ThreadPoolExecutor(3) as encoders:
+        with pytest.raises(MemoryError, match="no room"):
+            shard([5, 7, *[60] * 10], "quant", tmp_path / "shard", encoders, None)
+        assert len(done) == 11
