@@ -18,6 +18,12 @@ if [ ! -e "$venv/.installed" ]; then
     "${pip[@]}" httpx pydantic scipy pillow loguru pydantic-settings aiohttp requests ninja nvidia-ml-py
     touch "$venv/.installed"
 fi
+# Model Optimizer takes transformers below 5.15 only: one of its own, beside the other.
+old="$venv/transformers-5.14"
+if [ ! -d "$old" ]; then
+    "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$old" \
+        transformers==5.14.1 "tokenizers>=0.22,<=0.23.0" "huggingface_hub>=1.5,<2"
+fi
 checks=(nemo speculators modelopt)
 path="$root"
 for name in SpecForge DeepSpec AngelSlim; do
@@ -41,5 +47,6 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1 PYTHONPATH="$pat
 "$python" -m extractor extract --out cache --target tiny --data train.jsonl --device cpu --limit 32 --max-length 128 \
     --target-layers 1,3,4,5 --capture last_hidden_states --shard-size 1MiB --batch-tokens 2048 2>extract.log
 for check in "${checks[@]}"; do
+    [ "$check" = modelopt ] && export PYTHONPATH="$old:$path" || export PYTHONPATH="$path"
     "$python" "$root/scripts/check_peers.py" . "$check" 2>"$check.log" | grep -v '^{\|INFO' || { tail -20 "$check.log"; exit 1; }
 done
