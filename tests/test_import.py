@@ -30,7 +30,7 @@ ASKED = {
     "specforge": ["--target-layers", "0,2,5", "--last-layer", "pre-norm"],
     "speculators": ["--target-layers", "0,2,5", "--last-layer", "pre-norm"],
     "modelopt": ["--target-layers", "0,2,5", "--last-layer", "post-norm"],
-    "angelslim": ["--target-layers", "0,2,5", "--last-layer", "pre-norm"],
+    "angelslim": ["--target-layers", "0,2,5", "--last-layer", "post-norm"],
 }
 """What each layout does not say of the cache below; of its six layers the last is 5."""
 
@@ -76,7 +76,7 @@ def test_there_and_back_is_the_same_to_the_bit(source, peers, tiny_target, cli, 
     code, _, err = cli(*arguments(peer, peers[peer], tiny_target, out))
     assert (code, "recomputed 3 samples" in err) == (0, True), err
     before, after = FeatureCache.open(source), FeatureCache.open(out, verify="sample")
-    layers = [0, 2] if peer == "modelopt" else [0, 2, 5]
+    layers = [0, 2] if peer in ("modelopt", "angelslim") else [0, 2, 5]
     assert after.target_layer_ids == layers
     assert after.manifest.capture["last_hidden_states"] == (peer != "speculators")
     kept = list(before)
@@ -266,7 +266,7 @@ def test_specforge_as_its_own_script_writes(peers, tiny_target, cli, tmp_path):
 
 
 def test_angelslim_padded_and_without_last_hidden_states(peers, tiny_target, cli, tmp_path):
-    wanted = records(peers["angelslim"])
+    wanted = [{**r, "hidden_states": r["hidden_states"][..., :128].clone()} for r in records(peers["angelslim"])]
     (tmp_path / "peer").mkdir()
     for i, record in enumerate(wanted):
         length = record["input_ids"].shape[1]
@@ -274,9 +274,10 @@ def test_angelslim_padded_and_without_last_hidden_states(peers, tiny_target, cli
         padded["hidden_states"] = torch.nn.functional.pad(record["hidden_states"], (0, 0, 0, 3), value=1.0)
         padded["attention_mask"] = (torch.arange(length + 3) < length).long()[None]
         torch.save(padded, tmp_path / "peer" / f"sample_{i:08d}_rank0.ckpt")
-    code, _, err = cli(*arguments("angelslim", tmp_path / "peer", tiny_target, tmp_path / "out"))
+    out = tmp_path / "out"
+    code, _, err = cli(*arguments("angelslim", tmp_path / "peer", tiny_target, out, "--target-layers", "0,2"))
     assert code == 0, err
-    cache = FeatureCache.open(tmp_path / "out")
+    cache = FeatureCache.open(out)
     assert not cache.manifest.capture["last_hidden_states"]
     for record, sample in zip(wanted, cache, strict=True):
         assert same(sample.input_ids, record["input_ids"])

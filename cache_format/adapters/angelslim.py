@@ -1,7 +1,8 @@
 """AngelSlim's offline trainers (commit 67394ce): DFlash and EAGLE-3, from a cache.
 
-Matched: ``angelslim/compressor/speculative/train/data/dataset_builder/offline_dataset_builder.py``. States are raw, the
-last hidden states after the final norm.
+Matched: ``angelslim/compressor/speculative/train/data/dataset_builder/offline_dataset_builder.py``. A
+captured last decoder layer is given after the final norm, as its target model gives it (``models/target/
+target_model_wrapper.py``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 from cache_format.adapters.records import Records
 from cache_format.batch import DFlashTargetBatch
-from cache_format.export.interface import require_last_hidden_states
+from cache_format.export.interface import require_last_hidden_states, states_of_last_layer_normed
 from cache_format.reading.feature_cache import FeatureCache
 
 
@@ -32,7 +33,7 @@ def record(cache: FeatureCache, sample: DFlashTargetBatch) -> dict[str, Any]:
         "input_ids": sample.input_ids,
         "attention_mask": torch.ones_like(sample.input_ids),
         "loss_mask": sample.loss_mask,
-        "hidden_states": sample.hidden_states,
+        "hidden_states": states_of_last_layer_normed(cache, sample)[None],
         "target_hiddens": sample.last_hidden_states,
     }
 

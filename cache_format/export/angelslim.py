@@ -6,7 +6,8 @@ tensors with a batch dimension of 1:
 
     input_ids        [1, S]       int64
     loss_mask        [1, S]       int64, 1 on learned tokens
-    hidden_states    [1, S, L*H]  stored dtype; layers in the order of target_layer_ids
+    hidden_states    [1, S, L*H]  stored dtype; layers in the order of target_layer_ids, a captured last decoder layer
+                                  after the final norm, as its generate_dflash_data.py writes it
     target_hiddens   [1, S, H]    stored dtype: the last hidden states, after the final norm
 
 The reader leaves out, with a warning only, a file that lacks one of them.
@@ -22,6 +23,7 @@ from cache_format.export.interface import (
     Layout,
     file_a_sample,
     require_last_hidden_states,
+    states_of_last_layer_normed,
     token_bytes_with_last,
     write_torch,
 )
@@ -44,7 +46,7 @@ def _fill(cache: FeatureCache, i: int, file: BinaryIO) -> None:
         {
             "input_ids": sample.input_ids,
             "loss_mask": sample.loss_mask,
-            "hidden_states": sample.hidden_states,
+            "hidden_states": states_of_last_layer_normed(cache, sample)[None],
             "target_hiddens": sample.last_hidden_states,
         },
     )
