@@ -24,7 +24,7 @@ if [ ! -d "$old" ]; then
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$old" \
         transformers==5.14.1 "tokenizers>=0.22,<=0.23.0" "huggingface_hub>=1.5,<2"
 fi
-checks=(nemo speculators modelopt)
+checks=(nemo nemo_dspark speculators modelopt)
 path="$root"
 for name in SpecForge DeepSpec AngelSlim; do
     if [ -n "$peers" ] && [ -d "$peers/$name" ]; then

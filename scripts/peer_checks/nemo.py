@@ -21,6 +21,32 @@ def loss_of(trainer: Any, batch: Any) -> float:
     return float(step(batch).loss.detach())
 
 
+def config_of(work: Path, out: str, **own: Any) -> dict[str, Any]:
+    """The YAML of a recipe that writes to ``out``; ``own`` are further recipe_args."""
+    args = {
+        "target_model_name_or_path": str(work / "tiny"),
+        "target_layer_ids": LAYERS,
+        "train_data_path": "unused",
+        "output_dir": str(work / out),
+        "micro_batch_size": 2,
+        "seq_length": 128,
+        "num_epochs": 1,
+        "mask_token_id": 5,
+        "block_size": 4,
+        "num_anchors": 8,
+        "draft_num_hidden_layers": 1,
+        "attention_backend": "sdpa",
+        "ckpt_every_steps": 5,
+        "log_every_steps": 1,
+    }
+    return {
+        "dist_env": {"backend": "gloo"},
+        "recipe_args": {**args, **own},
+        "optimizer": {"lr": 1e-3},
+        "checkpoint": {"enabled": True, "checkpoint_dir": str(work / out), "save_consolidated": False},
+    }
+
+
 def nemo(work: Path) -> None:
     """DFlash and JetSpec: the recipe from the cache, a validation, a resume in mid-epoch, and its losses online."""
     from nemo_automodel.components.config.loader import ConfigNode
@@ -35,29 +61,8 @@ def nemo(work: Path) -> None:
     cache, target = FeatureCache.open(work / "cache"), target_of(work)
 
     def recipe(kind: Any, out: str, epochs: int, packed: int = 0, **options: Any) -> Any:
-        config = {
-            "dist_env": {"backend": "gloo"},
-            "recipe_args": {
-                "target_model_name_or_path": str(work / "tiny"),
-                "target_layer_ids": LAYERS,
-                "train_data_path": "unused",
-                "output_dir": str(work / out),
-                "micro_batch_size": 2,
-                "seq_length": 128,
-                "num_epochs": epochs,
-                "mask_token_id": 5,
-                "block_size": 4,
-                "num_anchors": 8,
-                "draft_num_hidden_layers": 1,
-                "attention_backend": "sdpa",
-                "ckpt_every_steps": 5,
-                "packed_sequence_size": packed,
-                "log_every_steps": 1,
-            },
-            "optimizer": {"lr": 1e-3},
-            "checkpoint": {"enabled": True, "checkpoint_dir": str(work / out), "save_consolidated": False},
-        }
-        made = from_cache(kind, cache, **options)(ConfigNode(config))
+        own = {"num_epochs": epochs, "packed_sequence_size": packed}
+        made = from_cache(kind, cache, **options)(ConfigNode(config_of(work, out, **own)))
         made.setup()
         return made
 
