@@ -19,7 +19,8 @@ from peer_checks.deepspec import deepspec
 from peer_checks.modelopt import modelopt
 from peer_checks.nemo import nemo
 from peer_checks.nemo_dspark import nemo_dspark
-from peer_checks.specforge import eagle3, specforge
+from peer_checks.specforge import specforge
+from peer_checks.specforge_eagle import eagle3
 from peer_checks.speculators import speculators
 
 CHECKS = {f.__name__: f for f in (nemo, nemo_dspark, specforge, eagle3, speculators, deepspec, modelopt, angelslim)}

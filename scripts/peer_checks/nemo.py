@@ -14,11 +14,10 @@ from cache_format import FeatureCache
 from peer_checks.common import LAYERS, awake, late, target_of, told
 
 
-def loss_of(trainer: Any, batch: Any) -> float:
-    """A loss of NeMo's recipe or SpecForge's strategy, with the anchors that seed 0 draws."""
+def loss_of(recipe: Any, batch: Any) -> float:
+    """A training loss, with the anchors that seed 0 draws."""
     torch.manual_seed(0)
-    step = trainer._run_trainer_step if hasattr(trainer, "_run_trainer_step") else trainer.forward_loss
-    return float(step(batch).loss.detach())
+    return float(recipe._run_trainer_step(batch).loss.detach())
 
 
 def config_of(work: Path, out: str, **own: Any) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""SpecForge."""
+"""SpecForge: DFlash, Domino and DSpark."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,11 +15,11 @@ DRAFTS = {"markov_rank": 8, "markov_head_type": "vanilla", "emb_dim": 8, "gru_hi
 """What SpecForge's Domino and DSpark drafts ask for beside."""
 
 
-def loss_of(trainer: Any, batch: Any) -> float:
-    """A loss of NeMo's recipe or SpecForge's strategy, with the anchors that seed 0 draws."""
+@torch.no_grad()
+def loss_of(strategy: Any, batch: Any) -> float:
+    """A training loss, with the anchors that seed 0 draws; without gradients, which flex attention has not on a CPU."""
     torch.manual_seed(0)
-    step = trainer._run_trainer_step if hasattr(trainer, "_run_trainer_step") else trainer.forward_loss
-    return float(step(batch).loss.detach())
+    return float(strategy.forward_loss(batch).loss)
 
 
 def right_and_wrong(now: dict[str, torch.Tensor], kinds: list[str], metadata: Any = None) -> list[Any]:
@@ -67,41 +66,3 @@ def specforge(work: Path) -> None:
             kinds = ["hidden_states"] + ["target_last_hidden_states"] * (name == "dspark")
             losses.append(tuple(loss_of(strategy, some) for some in (batch, *right_and_wrong(now, kinds))))
         told(f"SpecForge {name}", losses[:12])
-
-
-def soft_cross_entropy(logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Of probabilities ``target [B, S, V]`` where ``mask [B, S, 1]`` is 1, over all places."""
-    return -(mask * target * logits.float().log_softmax(2)).sum(2).mean()
-
-
-def eagle3(work: Path) -> None:
-    """SpecForge's EAGLE-3: its strategy, head and TTT loss."""
-    # Its loss is a kernel for GPUs: the same sum, by torch.
-    kernels = ModuleType("specforge.core.loss")
-    kernels.LogSoftmaxLoss = SimpleNamespace(apply=soft_cross_entropy)  # type: ignore[attr-defined]
-    sys.modules[kernels.__name__] = kernels
-    from specforge.algorithms.eagle3.model import OnlineEagle3Model
-    from specforge.modeling.draft.llama3_eagle import LlamaForCausalLMEagle3
-    from specforge.training.strategies.base import Eagle3TrainStrategy
-    from transformers import LlamaConfig
-
-    from cache_format.adapters.specforge import Batches, target_head
-
-    cache, target = FeatureCache.open(work / "cache").view(layers=LAYERS), target_of(work)
-    shape = target.config
-    config = LlamaConfig(
-        **{name: getattr(shape, name) for name in ("hidden_size", "intermediate_size", "vocab_size", "head_dim")},
-        **{name: getattr(shape, name) for name in ("num_attention_heads", "num_key_value_heads")},
-        num_hidden_layers=1,
-    )
-    config.draft_vocab_size = shape.vocab_size
-    torch.manual_seed(1)
-    draft = awake(LlamaForCausalLMEagle3(config, attention_backend="sdpa"))
-    model = OnlineEagle3Model(draft_model=draft, length=2, attention_backend="sdpa")
-    strategy, losses = Eagle3TrainStrategy(model, target_head=target_head(cache)), []
-    for batch in Batches(cache.loader(2), "eagle3"):
-        states, last = online(target, batch.tensors["input_ids"], LAYERS)
-        now = {**batch.tensors, "hidden_state": states, "target": last}
-        there = right_and_wrong(now, ["hidden_state", "target"], batch.metadata)
-        losses.append(tuple(loss_of(strategy, some) for some in (batch, *there)))
-    told("SpecForge eagle3", losses[:6])
