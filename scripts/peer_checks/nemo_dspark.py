@@ -9,10 +9,8 @@ import torch
 
 from cache_format import FeatureCache
 from peer_checks.common import awake, late, target_of, told
-from peer_checks.nemo import config_of
+from peer_checks.nemo import LAYERS, config_of
 
-LAYERS = [1, 3, 5]
-"""The target's last layer among them, which is given after the norm."""
 STATES = ("target_hidden_states", "target_last_hidden_states")
 
 
@@ -26,9 +24,10 @@ def nemo_dspark(work: Path) -> None:
 
     out, cache = work / "export-nemo-dspark", FeatureCache.open(work / "cache", verify="sample")
     export(cache.view(layers=LAYERS), LAYOUTS["nemo-dspark"], out)
-    own = {"target_layer_ids": LAYERS, "attention_backend": "flex_attention", "markov_rank": 8}
+    own = {"attention_backend": "flex_attention", "markov_rank": 8}
     own |= {"cached_target_path": str(out), "seq_length": int(cache.index.num_tokens.max())}
     recipe = TrainDSparkRecipe(ConfigNode(config_of(work, "nemo-dspark", mask_generation_prompt=True, **own)))
+    torch.manual_seed(1)
     recipe.setup()
     awake(recipe.draft_model)
     wrapper, losses = HFDSparkTargetModel(target_of(work), LAYERS), []
