@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ def told(draft: str, losses: list[tuple[float, ...]]) -> None:
         draft: its name.
         losses: of each batch, from the cache, online, and online with each kind of states in turn :func:`late`.
     """
+    assert all(map(isfinite, chain(*losses))), losses
     off = [[abs(loss - there) / abs(there) for loss in (here, *wrong)] for here, there, *wrong in losses]
     worst, *wrong = (max(column) for column in zip(*off, strict=True))
     print(
