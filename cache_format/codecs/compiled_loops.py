@@ -7,21 +7,50 @@ after the other, on memory that was allocated apart, are what LLVM makes vector 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numba
 import numpy as np
+from numba.core.caching import FunctionCache
+from numba.core.compiler_lock import global_compiler_lock as compiler_lock
+
+__all__ = ["compiler_lock"]
+
+is_compiling = not numba.config.DISABLE_JIT  # type: ignore[attr-defined]
+"""NUMBA_DISABLE_JIT=1 leaves the loops to Python."""
 
 _TINY = np.finfo(np.float32).tiny
 
 
+class _Cache(FunctionCache):
+    """numba's files of compiled loops. What cannot be read is compiled again, what cannot be written is not kept."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            found = super().load_overload(sig, target_context)
+        except Exception:
+            # Cut off when a machine went down, or another user's. A new index takes its place, if it can.
+            with suppress(Exception):
+                self.flush()
+            return None
+        # Two processes may have given two loops one name.
+        return found if found is not None and tuple(found.signature.args) == tuple(sig) else None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        # No space is left, say.
+        with suppress(Exception):
+            super().save_overload(sig, data)
+
+
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled when it is first called (a second), and kept for later processes where there is a place for it."""
-    try:
-        return numba.njit(function, nogil=True, error_model="numpy", cache=True)
-    except RuntimeError:
-        # Neither this folder nor the user's cache can be written.
-        return numba.njit(function, nogil=True, error_model="numpy")
+    made: Any = numba.njit(function, nogil=True, error_model="numpy")
+    # Neither this folder nor the user's cache can be written: it is not kept.
+    if is_compiling:
+        with suppress(RuntimeError, OSError):
+            made._cache = _Cache(function)
+    return made
 
 
 @_compiled

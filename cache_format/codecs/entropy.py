@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import zstandard
 
+_IN_ONE_CALL = {"multi_compress_to_buffer", "multi_decompress_to_buffer"} <= set(zstandard.backend_features)
+"""False where zstandard was built for the system's zstd, as some distributions do; or has no C."""
+
 
 class Coder:
     """A compressor and a decompressor; not thread-safe, see :func:`coder`."""
@@ -40,7 +43,11 @@ class Coder:
         plain = [part.reshape(-1).view(np.uint8) for part in data]
         if not plain:
             return []
-        found: Any = self._compressor.multi_compress_to_buffer([part.data for part in plain], threads=1)
+        found: Any
+        if _IN_ONE_CALL:
+            found = self._compressor.multi_compress_to_buffer([part.data for part in plain], threads=1)
+        else:
+            found = [self._compressor.compress(part.data) for part in plain]
         coded = [np.frombuffer(found[number], np.uint8) for number in range(len(plain))]
         return [part if len(part) < len(whole) else whole.copy() for part, whole in zip(coded, plain, strict=True)]
 
@@ -51,13 +58,18 @@ class Coder:
             ValueError: they are of another number, or damaged.
         """
         is_coded = [len(part) != count for part, count in zip(coded, counts, strict=True)]
-        # A frame may claim any size: what is allocated is what has to come out.
-        sizes = np.array(list(compress(counts, is_coded)), np.uint64)
+        sizes = list(compress(counts, is_coded))
         frames: Any = [part.data for part in compress(coded, is_coded)]
         found: Any = []
         try:
-            if frames:
-                found = self._decompressor.multi_decompress_to_buffer(frames, sizes.tobytes(), threads=1)
+            # Before anything is allocated: a frame may claim any size.
+            if [zstandard.frame_content_size(frame) for frame in frames] != sizes:
+                raise ValueError("a frame claims another size")
+            if not _IN_ONE_CALL:
+                found = [self._decompressor.decompress(frame) for frame in frames]
+            elif frames:
+                of_sizes = np.array(sizes, np.uint64).tobytes()
+                found = self._decompressor.multi_decompress_to_buffer(frames, of_sizes, threads=1)
         except (zstandard.ZstdError, ValueError) as error:
             raise ValueError(f"what it has coded is damaged ({error})") from None
         parts = iter([np.frombuffer(found[number], np.uint8) for number in range(len(frames))])

@@ -128,7 +128,8 @@ class QuantLayers:
         return blocks
 
     def _quantised(self, rows: np.ndarray, energy: np.ndarray, dtype: torch.dtype) -> _Quantised:
-        loops = loops_for(dtype)
+        # numpy adds up a row that is alone and has more than 8,192 features in pieces: there is no loop for that.
+        loops = None if rows.size == self.shape[1] else loops_for(dtype)
         return self._in_parts(rows, energy, dtype) if loops is None else self._compiled(loops, rows, energy)
 
     def _compiled(self, loops: ModuleType, rows: np.ndarray, energy: np.ndarray) -> _Quantised:

@@ -171,22 +171,107 @@ def test_a_cache_is_the_same_file_by_file_without_numba(job, tmp_path):
         assert contents(tmp_path / codec) == contents(tmp_path / "without" / codec)
 
 
-NOWHERE_TO_KEEP = """
-import numba
-real = numba.njit
-def njit(function, **how):
-    if how.pop("cache", False):
-        raise RuntimeError("cannot cache function: no locator available")
-    return real(function, **how)
-numba.njit = njit
-import torch
+USES_A_LOOP = """
+import numpy, torch
 from cache_format.codecs.compiled import loops_for
-assert loops_for(torch.bfloat16).sum_as_numpy(torch.ones(40).numpy()) == 40
+loops = loops_for(torch.bfloat16)
+assert loops.sum_as_numpy(torch.ones(40).numpy()) == 40
+"""
+NOWHERE_TO_KEEP = """
+from numba.core.caching import FunctionCache
+def nowhere(self, function):
+    raise RuntimeError("cannot cache function: no locator available")
+FunctionCache.__init__ = nowhere
+"""
+NO_SPACE = """
+from numba.core.caching import IndexDataCacheFile
+def full(self, key, data):
+    raise OSError(28, "No space left on device")
+IndexDataCacheFile.save = full
 """
 
 
-def test_they_are_compiled_where_no_folder_can_be_written():
-    subprocess.run([sys.executable, "-c", NOWHERE_TO_KEEP], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+def in_a_new_process(code: str, **environment: str) -> None:
+    told = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    subprocess.run([sys.executable, "-c", code], check=True, env=told, timeout=120)
+
+
+@pytest.mark.parametrize("trouble", [NOWHERE_TO_KEEP, NO_SPACE], ids=["no folder can be written", "no space"])
+def test_they_are_compiled_where_they_cannot_be_kept(trouble, tmp_path):
+    in_a_new_process(trouble + USES_A_LOOP, NUMBA_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [".nbi", ".nbc"])
+@pytest.mark.parametrize("left", [0, 40])
+def test_a_kept_loop_that_is_cut_off_is_compiled_again(kind, left, tmp_path):
+    in_a_new_process(USES_A_LOOP, NUMBA_CACHE_DIR=str(tmp_path))
+    for path in tmp_path.rglob(f"*{kind}"):
+        os.truncate(path, left)
+    in_a_new_process(USES_A_LOOP, NUMBA_CACHE_DIR=str(tmp_path))
+    kept = "\nassert loops.sum_as_numpy.stats.cache_hits"
+    in_a_new_process(USES_A_LOOP + kept, NUMBA_CACHE_DIR=str(tmp_path))
+
+
+def test_a_loop_that_was_kept_under_the_name_of_another_is_compiled_again(tmp_path):
+    """As where two processes chose one name at the same time: one for contiguous arrays, one for others."""
+    in_a_new_process(USES_A_LOOP, NUMBA_CACHE_DIR=str(tmp_path))
+    other = USES_A_LOOP + "\nassert loops.sum_as_numpy(numpy.arange(80, dtype=numpy.float32)[::2]) == 1560"
+    in_a_new_process(other, NUMBA_CACHE_DIR=str(tmp_path))
+    of_contiguous, of_others = sorted(tmp_path.rglob("*sum_as_numpy*.nbc"))
+    of_others.write_bytes(of_contiguous.read_bytes())
+    in_a_new_process(other, NUMBA_CACHE_DIR=str(tmp_path))
+
+
+NOT_COMPILED = (
+    "import torch\nfrom cache_format.codecs.compiled import loops_for\nassert loops_for(torch.bfloat16) is None"
+)
+
+
+def test_a_numba_that_is_of_no_use_is_as_none(tmp_path):
+    in_a_new_process(NOT_COMPILED, NUMBA_DISABLE_JIT="1")
+    (tmp_path / "numba.py").write_text("raise AttributeError('of a package that it meets while it is imported')")
+    in_a_new_process(NOT_COMPILED, PYTHONPATH=f"{tmp_path}:{ROOT}")
+
+
+FORKED = """
+import os, signal, sys, threading, time
+import numpy, torch
+from cache_format.codecs.compiled import compiled_loops, loops_for
+def use():
+    rows, parts = numpy.zeros((1, 8), numpy.uint16), numpy.zeros((3, 1, 8), numpy.uint8)
+    loops_for(torch.bfloat16).zbits_split(rows, parts[0, 0], parts[1], parts[2])
+if WHILE == "compiled":
+    compiled_loops()
+thread = threading.Thread(target=use)
+thread.start()
+time.sleep(0.1)
+assert thread.is_alive()
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    use()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+thread.join()
+"""
+
+
+@pytest.mark.parametrize("what", ["imported", "compiled"])
+def test_a_child_that_is_forked_meanwhile_does_not_wait_for_ever(what, tmp_path):
+    in_a_new_process(f"WHILE = {what!r}{FORKED}", NUMBA_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_quant_of_one_wide_layer_has_the_same_bytes(without, tokens):
+    """numpy adds up a row that is alone in pieces of 8,192."""
+    states = States(torch.bfloat16, 1, 16384)
+    codec = codec_named("quant").calibrated(like_an_llm(20, states), states)
+    for seed in range(5):
+        rows = like_an_llm(tokens, states, seed)
+        stored, energy = quant_encoded(codec, rows, states)
+        expected, expected_energy = without(lambda rows=rows: quant_encoded(codec, rows, states))
+        assert np.array_equal(stored, expected)
+        assert np.array_equal(energy, expected_energy)
 
 
 def test_reading_a_raw_cache_does_not_load_numba(caches):
