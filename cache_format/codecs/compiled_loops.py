@@ -6,13 +6,8 @@ after the other, on memory that was allocated apart, are what LLVM makes vector 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any
-
 import numba
 import numpy as np
-from numba.core.caching import FunctionCache
 from numba.core.compiler_lock import global_compiler_lock as compiler_lock
 
 __all__ = ["compiler_lock"]
@@ -22,35 +17,8 @@ is_compiling = not numba.config.DISABLE_JIT  # type: ignore[attr-defined]
 
 _TINY = np.finfo(np.float32).tiny
 
-
-class _Cache(FunctionCache):
-    """numba's files of compiled loops. What cannot be read is compiled again, what cannot be written is not kept."""
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        try:
-            found = super().load_overload(sig, target_context)
-        except Exception:
-            # Cut off when a machine went down, or another user's. A new index takes its place, if it can.
-            with suppress(Exception):
-                self.flush()
-            return None
-        # Two processes may have given two loops one name.
-        return found if found is not None and tuple(found.signature.args) == tuple(sig) else None
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        # No space is left, say.
-        with suppress(Exception):
-            super().save_overload(sig, data)
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled when it is first called (a second), and kept for later processes where there is a place for it."""
-    made: Any = numba.njit(function, nogil=True, error_model="numpy")
-    # Neither this folder nor the user's cache can be written: it is not kept.
-    if is_compiling:
-        with suppress(RuntimeError, OSError):
-            made._cache = _Cache(function)
-    return made
+# Not kept for other processes: numba does that in pickles, without a checksum.
+_compiled = numba.njit(nogil=True, error_model="numpy")
 
 
 @_compiled
@@ -269,42 +237,37 @@ def quant_encode(rows, mean, share, limits, order, ends, symbols, steps, energy,
 
 
 @_compiled
-def quant_decode(groups, place, is_sorted, mean, steps, out):  # type: ignore[no-untyped-def]
-    """The inverse, of the first ``m`` rows.
+def quant_decode(low, middle, high, place, is_sorted, mean, steps, layer, out):  # type: ignore[no-untyped-def]
+    """The inverse, of one layer and its first ``m`` rows.
 
     Args:
-        groups: a tuple of 3 * L: int8 ``[n, .]``, the symbols of the groups of one layer after another; a layer without
-            symbols is left out.
-        place: uint32 ``[L, H]``, of each feature where its symbol stands in a row of all groups of its layer.
+        low, middle, high: int8 ``[m, .]``, the symbols of each group.
+        place: uint32 ``[H]``, of each feature where its symbol stands in a row of all groups.
         is_sorted: whether symbols stand in the order of the features.
-        mean: float32 ``[L, H]``
-        steps: float32 ``[L, m]``
-        out: uint16 ``[m, L*H]``, written
+        mean: float32 ``[H]``
+        steps: float32 ``[m]``
+        layer: which of the L in ``out``.
+        out: uint16 ``[m, L*H]``, whose columns of the layer are written.
     """
-    layers, hidden_size = mean.shape
+    hidden_size = len(mean)
     symbols, number = np.empty(hidden_size, np.int8), np.empty(hidden_size, np.float32)
     bits = number.view(np.uint32)
-    for layer in range(layers):
-        low, middle, high = groups[3 * layer], groups[3 * layer + 1], groups[3 * layer + 2]
-        if not low.shape[1] + middle.shape[1] + high.shape[1]:
-            continue
-        for row in range(len(out)):
-            begin = 0
-            for group in (low, middle, high):
-                width = group.shape[1]
-                of_row, there = group[row], symbols[begin : begin + width]
-                for i in range(width):
-                    there[i] = of_row[i]
-                begin += width
-            step, decoded = steps[layer, row], out[row, layer * hidden_size : (layer + 1) * hidden_size]
-            centre, where = mean[layer], place[layer]
-            if is_sorted:
-                for i in range(hidden_size):
-                    number[i] = np.float32(symbols[i])
-            else:
-                for i in range(hidden_size):
-                    number[i] = np.float32(symbols[where[i]])
+    for row in range(len(out)):
+        begin = 0
+        for group in (low, middle, high):
+            width = group.shape[1]
+            of_row, there = group[row], symbols[begin : begin + width]
+            for i in range(width):
+                there[i] = of_row[i]
+            begin += width
+        step, decoded = steps[row], out[row, layer * hidden_size : (layer + 1) * hidden_size]
+        if is_sorted:
             for i in range(hidden_size):
-                number[i] = centre[i] + number[i] * step
+                number[i] = np.float32(symbols[i])
+        else:
             for i in range(hidden_size):
-                decoded[i] = _bfloat16(bits[i])
+                number[i] = np.float32(symbols[place[i]])
+        for i in range(hidden_size):
+            number[i] = mean[i] + number[i] * step
+        for i in range(hidden_size):
+            decoded[i] = _bfloat16(bits[i])

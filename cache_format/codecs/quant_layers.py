@@ -9,7 +9,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, pairwise
+from itertools import islice, pairwise
 from types import ModuleType
 from typing import Any
 
@@ -68,6 +68,8 @@ class _Quantised:
 
 _NO_SYMBOLS = np.frombuffer(b"", np.int8).reshape(0, 0)
 """Of a group without channels."""
+
+_NO_PLACES = np.empty(0, np.int64)
 
 _INFINITE = np.uint16(0x7F80)
 """The exponent of what is not finite in bfloat16."""
@@ -222,11 +224,13 @@ class QuantLayers:
             as_they_are = self.unpack(blocks, count, symbols, steps, out.itemsize)
             self._dequantise(symbols, _float32(steps), _as_tensor(out, dtype))
         else:
-            found = list(self._unpacked(blocks, count, len(out), out.itemsize))
-            groups = [(*layer.symbols, *[_NO_SYMBOLS] * (GROUPS - len(layer.symbols))) for layer in found]
-            all_steps = _float32(np.stack([layer.steps for layer in found]))
-            loops.quant_decode(tuple(chain(*groups)), self._places, self._is_sorted, self._mean, all_steps, out)
-            as_they_are = [layer.as_they_are for layer in found]
+            as_they_are = []
+            for number, found in enumerate(self._unpacked(blocks, count, len(out), out.itemsize)):
+                if found.symbols:
+                    groups = [*found.symbols, *[_NO_SYMBOLS] * (GROUPS - len(found.symbols))]
+                    mean, steps = self._mean[number], _float32(found.steps)
+                    loops.quant_decode(*groups, self._places[number], self._is_sorted, mean, steps, number, out)
+                as_they_are.append(found.as_they_are)
         for row, column, features in as_they_are:
             out[row, column] = features
 
@@ -253,7 +257,8 @@ class QuantLayers:
 
     def _unpacked(self, blocks: Sequence[np.ndarray], count: int, rows: int, itemsize: int) -> Iterator[_Unpacked]:
         """The first ``rows`` of each layer's block of ``count``, entropy-decoded."""
-        hidden_size, parts, coded, counts = self.shape[1], [], [], []
+        parts: list[tuple[int, np.ndarray, AsTheyAre]] = []
+        hidden_size, coded, counts = self.shape[1], list[np.ndarray](), list[int]()
         for number, (block, groups) in enumerate(zip(blocks, self._groups, strict=True)):
             first = number * hidden_size
             if len(block) == count * hidden_size * itemsize:
@@ -274,8 +279,11 @@ class QuantLayers:
                 coded.append(block[begin : begin + size])
                 counts.append(count * (group.stop - group.start))
                 begin += size
+            if not num_escaped:
+                parts.append((len(groups), steps, (_NO_PLACES, _NO_PLACES, np.empty(0, f"<u{itemsize}"))))
+                continue
             places = block[begin : begin + 4 * num_escaped].copy().view("<u4").astype(np.int64)
-            if num_escaped and places.max() >= count * hidden_size:
+            if places.max() >= count * hidden_size:
                 raise ValueError("a block has a feature beyond its end")
             within = places < rows * hidden_size
             row, channel = np.divmod(places[within], hidden_size)

@@ -130,12 +130,14 @@ def test_quant_has_the_same_bytes_energies_and_bits(without, asked, tokens, laye
         assert same_states(found, without(lambda taken=taken: quant_decoded(codec, stored, rows, states, taken)))
 
 
-def test_symbols_that_do_not_get_smaller_are_not_written_over_by_the_next_block():
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_symbols_that_do_not_get_smaller_are_not_written_over_by_the_next_block(without, is_compiled):
     """One layer whose channels are all in one group: its symbols are where the next block's will be."""
     states = States(torch.bfloat16, 1, 64)
     rows = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (5000, 64)).astype(np.float32)).bfloat16()
     codec = codec_named("quant:46dB").calibrated(rows, states)
-    stored, _ = quant_encoded(codec, rows, states)
+    run = (lambda encode: encode()) if is_compiled else without
+    stored, _ = run(lambda: quant_encoded(codec, rows, states))
     errors = (quant_decoded(codec, stored, rows, states, 5000).float() - rows.float()).abs()
     assert errors.max() < 0.02
 
@@ -171,55 +173,9 @@ def test_a_cache_is_the_same_file_by_file_without_numba(job, tmp_path):
         assert contents(tmp_path / codec) == contents(tmp_path / "without" / codec)
 
 
-USES_A_LOOP = """
-import numpy, torch
-from cache_format.codecs.compiled import loops_for
-loops = loops_for(torch.bfloat16)
-assert loops.sum_as_numpy(torch.ones(40).numpy()) == 40
-"""
-NOWHERE_TO_KEEP = """
-from numba.core.caching import FunctionCache
-def nowhere(self, function):
-    raise RuntimeError("cannot cache function: no locator available")
-FunctionCache.__init__ = nowhere
-"""
-NO_SPACE = """
-from numba.core.caching import IndexDataCacheFile
-def full(self, key, data):
-    raise OSError(28, "No space left on device")
-IndexDataCacheFile.save = full
-"""
-
-
-def in_a_new_process(code: str, **environment: str) -> None:
+def in_a_new_process(code: str, *arguments: object, **environment: str) -> None:
     told = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    subprocess.run([sys.executable, "-c", code], check=True, env=told, timeout=120)
-
-
-@pytest.mark.parametrize("trouble", [NOWHERE_TO_KEEP, NO_SPACE], ids=["no folder can be written", "no space"])
-def test_they_are_compiled_where_they_cannot_be_kept(trouble, tmp_path):
-    in_a_new_process(trouble + USES_A_LOOP, NUMBA_CACHE_DIR=str(tmp_path))
-
-
-@pytest.mark.parametrize("kind", [".nbi", ".nbc"])
-@pytest.mark.parametrize("left", [0, 40])
-def test_a_kept_loop_that_is_cut_off_is_compiled_again(kind, left, tmp_path):
-    in_a_new_process(USES_A_LOOP, NUMBA_CACHE_DIR=str(tmp_path))
-    for path in tmp_path.rglob(f"*{kind}"):
-        os.truncate(path, left)
-    in_a_new_process(USES_A_LOOP, NUMBA_CACHE_DIR=str(tmp_path))
-    kept = "\nassert loops.sum_as_numpy.stats.cache_hits"
-    in_a_new_process(USES_A_LOOP + kept, NUMBA_CACHE_DIR=str(tmp_path))
-
-
-def test_a_loop_that_was_kept_under_the_name_of_another_is_compiled_again(tmp_path):
-    """As where two processes chose one name at the same time: one for contiguous arrays, one for others."""
-    in_a_new_process(USES_A_LOOP, NUMBA_CACHE_DIR=str(tmp_path))
-    other = USES_A_LOOP + "\nassert loops.sum_as_numpy(numpy.arange(80, dtype=numpy.float32)[::2]) == 1560"
-    in_a_new_process(other, NUMBA_CACHE_DIR=str(tmp_path))
-    of_contiguous, of_others = sorted(tmp_path.rglob("*sum_as_numpy*.nbc"))
-    of_others.write_bytes(of_contiguous.read_bytes())
-    in_a_new_process(other, NUMBA_CACHE_DIR=str(tmp_path))
+    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True, env=told, timeout=120)
 
 
 NOT_COMPILED = (
@@ -257,8 +213,8 @@ thread.join()
 
 
 @pytest.mark.parametrize("what", ["imported", "compiled"])
-def test_a_child_that_is_forked_meanwhile_does_not_wait_for_ever(what, tmp_path):
-    in_a_new_process(f"WHILE = {what!r}{FORKED}", NUMBA_CACHE_DIR=str(tmp_path))
+def test_a_child_that_is_forked_meanwhile_does_not_wait_for_ever(what):
+    in_a_new_process(f"WHILE = {what!r}{FORKED}")
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9])
@@ -279,4 +235,4 @@ def test_reading_a_raw_cache_does_not_load_numba(caches):
         "import sys\nfrom cache_format import FeatureCache\n"
         "for batch in FeatureCache.open(sys.argv[1]).loader(2): pass\nassert 'numba' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, caches["raw"]], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    in_a_new_process(code, caches["raw"])
