@@ -256,9 +256,10 @@ def quant_decode(low, middle, high, place, is_sorted, mean, steps, layer, out): 
         begin = 0
         for group in (low, middle, high):
             width = group.shape[1]
-            of_row, there = group[row], symbols[begin : begin + width]
-            for i in range(width):
-                there[i] = of_row[i]
+            if width:
+                of_row, there = group[row], symbols[begin : begin + width]
+                for i in range(width):
+                    there[i] = of_row[i]
             begin += width
         step, decoded = steps[row], out[row, layer * hidden_size : (layer + 1) * hidden_size]
         if is_sorted:

@@ -178,6 +178,13 @@ def in_a_new_process(code: str, *arguments: object, **environment: str) -> None:
     subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True, env=told, timeout=120)
 
 
+def test_no_loop_goes_beyond_its_arrays():
+    """The tests above once more, with numba's checks of every index."""
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "has_the_same_bytes", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=os.environ | {"NUMBA_BOUNDSCHECK": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 NOT_COMPILED = (
     "import torch\nfrom cache_format.codecs.compiled import loops_for\nassert loops_for(torch.bfloat16) is None"
 )
@@ -190,12 +197,15 @@ def test_a_numba_that_is_of_no_use_is_as_none(tmp_path):
 
 
 FORKED = """
-import os, signal, sys, threading, time
+import os, signal, threading, time
 import numpy, torch
-from cache_format.codecs.compiled import compiled_loops, loops_for
+from cache_format.codecs import States, codec_named
+from cache_format.codecs.compiled import compiled_loops
+states = States(torch.bfloat16, 1, 8)
+codec = codec_named("quant").calibrated(torch.randn(9, 8).bfloat16(), states)
 def use():
-    rows, parts = numpy.zeros((1, 8), numpy.uint16), numpy.zeros((3, 1, 8), numpy.uint8)
-    loops_for(torch.bfloat16).zbits_split(rows, parts[0, 0], parts[1], parts[2])
+    rows, out = numpy.zeros((9, 8), numpy.uint16), numpy.empty(codec.most_bytes(9, states), numpy.uint8)
+    codec.encode_sample(rows, {}, out, states, numpy.zeros((9, 2, 1)))
 if WHILE == "compiled":
     compiled_loops()
 thread = threading.Thread(target=use)
