@@ -229,7 +229,7 @@ class QuantLayers:
                 if found.symbols:
                     groups = [*found.symbols, *[_NO_SYMBOLS] * (GROUPS - len(found.symbols))]
                     mean, steps = self._mean[number], _float32(found.steps)
-                    loops.quant_decode(*groups, self._places[number], self._is_sorted, mean, steps, number, out)
+                    loops.quant_decode(*groups, self._places[number], mean, steps, number, out)
                 as_they_are.append(found.as_they_are)
         for row, column, features in as_they_are:
             out[row, column] = features
@@ -285,9 +285,11 @@ class QuantLayers:
             places = block[begin : begin + 4 * num_escaped].copy().view("<u4").astype(np.int64)
             if places.max() >= count * hidden_size:
                 raise ValueError("a block has a feature beyond its end")
-            within = places < rows * hidden_size
-            row, channel = np.divmod(places[within], hidden_size)
-            features = block[begin + 4 * num_escaped :].copy().view(f"<u{itemsize}")[within]
+            features = block[begin + 4 * num_escaped :].copy().view(f"<u{itemsize}")
+            if rows < count:
+                within = places < rows * hidden_size
+                places, features = places[within], features[within]
+            row, channel = np.divmod(places, hidden_size)
             parts.append((len(groups), steps, (row, first + channel, features)))
         symbols = iter(coder().decoded(coded, counts))
         for num_groups, steps, as_they_are in parts:
