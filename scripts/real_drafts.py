@@ -11,9 +11,10 @@ figures.json as it goes:
 
 Acceptance is that of greedy speculative decoding on held-out questions, replayed on the target's own answers
 (speculative.py). Every draft is checkpointed, and what is done is found again: stopped at any time, the same command
-goes on. One thread of torch: with another job on the machine, two took 4.7 times the processor time. A step takes 0.6
-seconds of a core, so the default, 200 steps of four drafts, takes 8 minutes, and all else 5; 1,000 steps of three seeds
-take 2 hours. Exit code 1 if losses of equal steps, or batches of zbits, differ in a bit.
+goes on. One thread of torch: with another job on the machine, two took 4.7 times the processor time. A step takes
+0.4 to 0.6 seconds of a core: the default, 200 steps of four drafts, took 8 minutes in all with another job on two
+cores; 1,000 steps of three seeds take 80 minutes to 2 hours. Exit code 1 if losses of equal steps, or batches of zbits,
+differ in a bit.
 """
 
 from __future__ import annotations

@@ -83,8 +83,11 @@ class Fp8Codec(RowCodec):
         """
         loops = loops_for(out.dtype)
         if loops is not None and bool(stored[SCALES].isfinite().all()):
-            values = stored["hidden_states"].view(torch.uint8).numpy()
-            loops.fp8_decode(values, stored[SCALES].numpy(), states.hidden_size, out.view(torch.uint16).numpy())
+            # Of just these shapes: a loop does not look.
+            values = stored["hidden_states"].view(torch.uint8).view(len(out), states.width)
+            by_layer, decoded = stored[SCALES].view(len(out), states.layers), out.view(len(out), states.width)
+            decoded_bits = decoded.view(torch.uint16).numpy()
+            loops.fp8_decode(values.numpy(), by_layer.numpy(), states.hidden_size, decoded_bits)
             return
         shape = (len(out), states.layers, states.hidden_size)
         bits = stored["hidden_states"].view(torch.int8).view(shape).numpy()
