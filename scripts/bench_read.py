@@ -170,6 +170,11 @@ def sample_tensors(cache: FeatureCache, i: int) -> dict[str, Tensor]:
     return {name: getattr(cache[i], name)[0].clone() for name in FIELDS}
 
 
+def place_of(codec: str) -> str:
+    """The name of the folder of its cache."""
+    return codec.replace(":", "-")
+
+
 def drain(batches: Iterable[DFlashTargetBatch]) -> None:
     for batch in batches:
         assert batch.hidden_states.shape[2]
@@ -247,9 +252,9 @@ def warm_table(cache: FeatureCache, folder: Path, repeat: int) -> None:
         for threads in (1, 2, 4):
             ways[f"ours B={size:<2} threads={threads}"] = partial(later_epoch, cache, size, threads)
     for codec in CODECS:
-        recode(cache, folder / codec.replace(":", "-"), codec, threads=CORES)
+        recode(cache, folder / place_of(codec), codec, threads=CORES)
         for threads in (1, 2, 4):
-            recoded = FeatureCache.open(folder / codec.replace(":", "-"))
+            recoded = FeatureCache.open(folder / place_of(codec))
             ways[f"ours, {codec}, threads={threads}"] = partial(later_epoch, recoded, 4, threads)
     ways["ours cache[i], no copy"] = lambda: timed(lambda: drain(cache[i] for i in order))
     for name, kind in PEERS.items():
@@ -281,9 +286,10 @@ def warm_table(cache: FeatureCache, folder: Path, repeat: int) -> None:
 
 def cold_table(folder: Path, repeat: int) -> None:
     """``folder``: what :func:`warm_table` made."""
-    index = FeatureCache.open(folder / "cache").index
-    num_bytes = int(index.num_tokens.sum()) * FeatureCache.open(folder / "cache").manifest.schema().token_bytes
-    order = np.random.default_rng(0).permutation(len(index)).tolist()
+    cache = FeatureCache.open(folder / "cache")
+    num_bytes = int(cache.index.num_tokens.sum()) * cache.manifest.schema().token_bytes
+    order = np.random.default_rng(0).permutation(len(cache)).tolist()
+    del cache
 
     def cold(place: str, way: Callable[[], None]) -> float:
         drop_pages(folder / place)
@@ -298,7 +304,7 @@ def cold_table(folder: Path, repeat: int) -> None:
         drain(DataLoader(dataset, batch_size=4, sampler=order, collate_fn=collate))
 
     ways = {"raw read, cold": lambda: cold("cache", lambda: raw_read(folder / "cache"))}
-    for place in ("cache", *(codec.replace(":", "-") for codec in CODECS)):
+    for place in ("cache", *map(place_of, CODECS)):
         name = "raw" if place == "cache" else place
         ways[f"ours, {name}, cold"] = partial(cold, place, partial(ours, place))
     for name in PEERS:

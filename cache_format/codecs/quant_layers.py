@@ -5,13 +5,10 @@ All layers go through the vector unit together: each call has a cost of its own,
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +17,7 @@ from torch import Tensor
 from cache_format.codecs.compiled import loops_for
 from cache_format.codecs.entropy import coder
 from cache_format.codecs.quant_statistics import GROUPS, Statistics
+from cache_format.codecs.thread_memory import thread_memory
 
 _AT_ONCE = 1 << 18
 """Features that are worked on at a time. Measured: with half as many the calls cost more than a larger cache saves."""
@@ -97,6 +95,7 @@ class QuantLayers:
         self._sorted, self._unsorted = torch.from_numpy(places), torch.from_numpy(np.argsort(places))
         self._is_sorted = bool((np.diff(places) > 0).all())
         self._all_groups = [group for of_layer in self._groups for group in of_layer]
+        self._ends = np.array([group.stop for group in self._all_groups])
         self._order, self._places = (
             (tensor.numpy() % self._hidden_size).reshape(-1, self._hidden_size).astype(np.uint32)
             for tensor in (self._sorted, self._unsorted)
@@ -136,12 +135,11 @@ class QuantLayers:
 
     def _compiled(self, loops: ModuleType, rows: np.ndarray, energy: np.ndarray) -> _Quantised:
         count, layers = len(rows), len(self._groups)
-        symbols = _memory("symbols", (rows.size,), np.int8)
-        places, counts = _memory("places", (rows.size,), np.uint32), np.empty(layers, np.int64)
-        ends, limits = np.array([group.stop for group in self._all_groups]), (_LEAST_STEP, _LARGEST_STEP)
-        steps = np.empty((layers, count), np.uint16)
+        symbols = thread_memory("quant's symbols", (rows.size,), np.int8)
+        places, counts = thread_memory("quant's places", (rows.size,), np.uint32), np.empty(layers, np.int64)
+        steps, limits = np.empty((layers, count), np.uint16), (_LEAST_STEP, _LARGEST_STEP)
         loops.quant_encode(
-            rows, self._mean, self._share, limits, self._order, ends, symbols, steps, energy, places, counts
+            rows, self._mean, self._share, limits, self._order, self._ends, symbols, steps, energy, places, counts
         )
         apart = [symbols[group.start * count : group.stop * count] for group in self._all_groups]
         at = np.cumsum([0, *counts]).tolist()
@@ -149,7 +147,7 @@ class QuantLayers:
 
     def _in_parts(self, rows: np.ndarray, energy: np.ndarray, dtype: torch.dtype) -> _Quantised:
         count, (layers, hidden_size) = len(rows), self.shape
-        symbols, steps = _memory("symbols", rows.shape, np.int8), np.empty((count, layers), np.float32)
+        symbols, steps = thread_memory("quant's symbols", rows.shape, np.int8), np.empty((count, layers), np.float32)
         found = [np.empty((3, 0), np.int64)]
         for part in _parts(count, rows.shape[1], _AT_ONCE):
             # What overflows, or is not a number, is stored as it is.
@@ -220,7 +218,10 @@ class QuantLayers:
         """
         loops = loops_for(dtype)
         if loops is None:
-            symbols, steps = _memory("symbols", out.shape, np.int8), np.zeros((len(out), self.shape[0]), np.uint16)
+            symbols, steps = (
+                thread_memory("quant's symbols", out.shape, np.int8),
+                np.zeros((len(out), self.shape[0]), np.uint16),
+            )
             as_they_are = self.unpack(blocks, count, symbols, steps, out.itemsize)
             self._dequantise(symbols, _float32(steps), _as_tensor(out, dtype))
         else:
@@ -228,8 +229,8 @@ class QuantLayers:
             for number, found in enumerate(self._unpacked(blocks, count, len(out), out.itemsize)):
                 if found.symbols:
                     groups = [*found.symbols, *[_NO_SYMBOLS] * (GROUPS - len(found.symbols))]
-                    mean, steps = self._mean[number], _float32(found.steps)
-                    loops.quant_decode(*groups, self._places[number], mean, steps, number, out)
+                    place, mean = self._places[number], self._mean[number]
+                    loops.quant_decode(*groups, place, mean, _float32(found.steps), number, out)
                 as_they_are.append(found.as_they_are)
         for row, column, features in as_they_are:
             out[row, column] = features
@@ -376,18 +377,6 @@ def _energy(rows: np.ndarray) -> np.ndarray:
     return np.einsum("rh,rh->r", rows, rows)
 
 
-_thread = threading.local()
-
-
 def _scratch(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Two float32 arrays, of :func:`_memory`."""
-    return _memory("wide", shape, np.float32), _memory("rest", shape, np.float32)
-
-
-def _memory(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Not cleared, and used again by this thread: new pages cost time."""
-    count, found = math.prod(shape), getattr(_thread, name, None)
-    if found is None or len(found) < count:
-        found = np.empty(max(count, _AT_ONCE), dtype)
-        setattr(_thread, name, found)
-    return found[:count].reshape(shape)
+    """Two float32 arrays, of :func:`thread_memory`."""
+    return thread_memory("quant's numbers", shape, np.float32), thread_memory("quant's rest", shape, np.float32)

@@ -12,7 +12,6 @@ and for float32 the lower 16 bits. Exponents that do not get smaller are stored 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ import torch
 from cache_format.codecs.compiled import loops_for
 from cache_format.codecs.entropy import coder
 from cache_format.codecs.interface import BLOCK_STARTS, BlockCodec, HeadTensor, States
+from cache_format.codecs.thread_memory import thread_memory
 
 EXPONENTS = "hidden_states_exponents"
 
@@ -114,15 +114,9 @@ class ZbitsCodec(BlockCodec):
                 _join(out[block], exponents.reshape(-1, width), usual, stored[tail:stop], states.dtype)
 
 
-_thread = threading.local()
-
-
 def _scratch(shape: tuple[int, int]) -> np.ndarray:
-    """uint16 of that shape, not cleared: memory that this thread uses again from block to block."""
-    memory: np.ndarray | None = getattr(_thread, "memory", None)
-    if memory is None or len(memory) < shape[0] * shape[1]:
-        memory = _thread.memory = np.empty(shape[0] * shape[1], np.uint16)
-    return memory[: shape[0] * shape[1]].reshape(shape)
+    """uint16, of :func:`thread_memory`."""
+    return thread_memory("zbits' bits", shape, np.uint16)
 
 
 def _blocks(num_tokens: int, width: int) -> Iterator[slice]:
