@@ -9,6 +9,7 @@ import pickle
 import random
 import shutil
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import commands
@@ -24,6 +25,7 @@ from cache_format.layout.manifest import Manifest
 from cache_format.layout.shard_layout import shard_name
 from cache_format.peers import PEERS
 from cache_format.peers.torch_file import TorchFile
+from cache_format.storage.lock import writing
 
 ASKED = {
     "deepspec": ["--last-layer", "pre-norm"],
@@ -191,6 +193,23 @@ def test_another_import_does_not_go_on_with_it(imported, peers, tiny_target, cli
     code, _, err = cli(*arguments("deepspec", peers["deepspec"], tiny_target, imported, "--shard-size", "2MiB"))
     assert (code, "shard_bytes" in err) == (2, True), err
     assert contents(imported) == before
+
+
+def test_another_import_that_ends_before_the_lock_is_held_is_left_alone(peers, tiny_target, cli, tmp_path, monkeypatch):
+    out, before = tmp_path / "cache", {}
+
+    @contextmanager
+    def late(folder):
+        commands.made(*arguments("deepspec", peers["deepspec"], tiny_target, out))
+        before.update(contents(out))
+        with writing(folder) as held:
+            yield held
+
+    monkeypatch.setattr("extractor.job.import_cache.writing", late)
+    code, _, err = cli(*arguments("specforge", peers["specforge"], tiny_target, out))
+    assert (code, "imported_from" in err) == (2, True), err
+    assert before
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize("folder", ["samples", "shards", "target"])

@@ -14,7 +14,8 @@ from cache_format.errors import CacheError, InputError, MismatchError, StorageEr
 from cache_format.export.interface import Layout, LeftOut
 from cache_format.reading.feature_cache import SEEN, FeatureCache
 from cache_format.storage.commit import committed, make_folder, remove_temporaries, write_all
-from cache_format.storage.lock import LOCK_NAME, writing
+from cache_format.storage.lock import writing
+from cache_format.storage.own_folders import refuse_foreign
 from cache_format.storage.paths import inside
 
 MARKER_NAME = "export.json"
@@ -107,10 +108,11 @@ def export(
         StorageError: the operating system refused; what was finished is kept.
     """
     layout.check(cache)
-    marker = _check_out(cache, layout, out)
+    _check_out(cache, layout, out)
     make_folder(out)
     with writing(out):
-        return _write(cache, layout, out, marker, progress)
+        # Once more: another export may have come first.
+        return _write(cache, layout, out, _check_out(cache, layout, out), progress)
 
 
 def _write(
@@ -149,13 +151,8 @@ def _check_out(cache: FeatureCache, layout: Layout, out: Path) -> dict[str, Any]
         raise InputError(f"{out}: choose an OUT beside the cache, not inside it or around it")
     same = {"layout": layout.name, "reader": layout.reader, "fingerprint": cache.manifest.fingerprint, **cache.seen}
     marker = {"format": FORMAT_NAME, **same, "state": "exporting"}
-    if not os.path.lexists(out):
-        return marker
-    if not out.is_dir():
-        raise InputError(f"{out} is not a folder; choose another OUT")
+    refuse_foreign(out, "an export", MARKER_NAME, ())
     if not os.path.lexists(out / MARKER_NAME):
-        if any(name != LOCK_NAME and not name.endswith(".tmp") for name in os.listdir(out)):
-            raise InputError(f"{out} is not empty and was not written by an export; choose another OUT")
         return marker
     found = _read_marker(out / MARKER_NAME)
     names = dict.fromkeys([*same, *(name for name in SEEN if name in found)])

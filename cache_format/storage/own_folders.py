@@ -1,12 +1,45 @@
-"""The folders below one that is written to: checked before anything in them is made or removed."""
+"""A folder that is written to, and those below it: checked before anything in them is made or removed."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from cache_format.storage.commit import make_folder, remove_temporaries
+from cache_format.errors import InputError, StorageError
+from cache_format.storage.commit import TEMPORARY_SUFFIX, make_folder, remove_temporaries
+from cache_format.storage.lock import LOCK_NAME
 from cache_format.storage.paths import inside
+
+
+def refuse_foreign(out: Path, kind: str, marker: str, own: Iterable[str], option: str = "") -> None:
+    """Refuse to write into what is not ours: a file, or a folder that is neither empty nor begun by us.
+
+    Args:
+        out: a folder that may not be there yet.
+        kind: of what is written, with its article, such as ``a cache``.
+        marker: the file that tells that it was begun.
+        own: what a process that was killed before it wrote the marker may leave.
+        option: that named ``out``, for the message.
+
+    Raises:
+        InputError: it is a file, or has other names and no marker.
+        StorageError: the operating system refused.
+    """
+    where = f"{option} {out}".lstrip()
+    try:
+        names = os.listdir(out)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise InputError(f"{where} is a file; name a new or empty folder") from None
+    except OSError as error:
+        raise StorageError(out, "list", error) from error
+    known = {marker, LOCK_NAME, *own}
+    strange = sorted(name for name in names if name not in known and not name.endswith(TEMPORARY_SUFFIX))
+    # The marker is looked for after the names were read: another process may begin in between.
+    if strange and not os.path.lexists(out / marker):
+        raise InputError(f"{where} is not empty and not {kind} (it has {strange[0]!r}); name another folder")
 
 
 def begin_folders(root: Path, names: Iterable[str]) -> None:

@@ -38,7 +38,7 @@ from cache_format.storage.commit import committed, make_folder
 from cache_format.storage.file_info import file_info
 from cache_format.storage.host_memory import host_memory
 from cache_format.storage.lock import writing
-from cache_format.storage.own_folders import begin_folders
+from cache_format.storage.own_folders import begin_folders, refuse_foreign
 from cache_format.storage.paths import inside
 from cache_format.writing.make_shards import ShardMaker, ShardRows, is_done, require_room
 from cache_format.writing.seal import seal
@@ -102,6 +102,8 @@ def recode(
     _check_out(source, out, manifest)
     make_folder(out)
     with writing(out):
+        # Once more: another recode may have come first.
+        _check_out(source, out, manifest)
         begin(source, out, manifest)
         schema, places = manifest.schema(), places_by_shard(source)
         missing = [n for n in range(len(places)) if not is_done(out, schema, n, source.index.sample_id[places[n]])]
@@ -213,18 +215,12 @@ def _check_out(source: OpenCache, out: Path, manifest: Manifest) -> None:
     """Refuse an ``out`` that is not this recode's own."""
     if out.resolve().is_relative_to(source.path.resolve()) or source.path.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{out}: choose an OUT beside the cache, not inside it or around it")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; name a new or empty folder")
+    refuse_foreign(out, "a cache", MANIFEST_NAME, {"shards", *(name.split("/")[0] for name in manifest.files)})
     if (out / MANIFEST_NAME).exists():
         stored = Manifest.read(out)
         require_same_identity(out, stored.identity, manifest.identity)
         if stored.state == "preparing":
             raise InputError(f"{out}: an extract command has begun it; finish it with that, or choose another OUT")
-    elif out.is_dir():
-        own = {name.split("/")[0] for name in manifest.files} | {"shards"}
-        strange = sorted(p.name for p in out.iterdir() if p.name not in own and not p.name.startswith("."))
-        if strange:
-            raise InputError(f"{out} is not empty and not a cache (it has {strange[0]!r}); name another folder")
 
 
 def begin(source: OpenCache, out: Path, manifest: Manifest) -> None:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from cache_format.layout.manifest import CommandLine, require_same_identity
+from cache_format.layout.manifest import CommandLine, Manifest, require_same_identity
 from cache_format.layout.shard_layout import shard_name
 from cache_format.reading.feature_cache import FeatureCache, only_cache
 from cache_format.storage.commit import make_folder
@@ -45,13 +45,12 @@ def recode_to_store(
     source = only_cache(cache)
     manifest = recoded_manifest(source.manifest, chosen_codec(source, codec_name), command)
     upload = Upload(Store(url), scratch)
-    upload.refuse_foreign()
-    stored = upload.manifest()
-    if stored is not None:
-        require_same_identity(upload.store.url, stored.identity, manifest.identity)
+    _check_place(upload, manifest)
     make_folder(scratch)
     with writing(scratch), leased(upload.store, tell) as allowed:
         upload.require(allowed)
+        # Once more: another recode may have come first.
+        _check_place(upload, manifest)
         upload.pull()
         if upload.manifest() is None:
             begin(source, scratch, manifest)
@@ -69,3 +68,11 @@ def recode_to_store(
         sealed = there if there is not None and there.state == "complete" else upload.seal(manifest)
     shutil.rmtree(scratch, ignore_errors=True)
     return report(upload.store.url, sealed, len(missing), before, [upload.shards[number] for number in numbers])
+
+
+def _check_place(upload: Upload, manifest: Manifest) -> None:
+    """Refuse a place that is not this recode's own."""
+    upload.refuse_foreign()
+    stored = upload.manifest()
+    if stored is not None:
+        require_same_identity(upload.store.url, stored.identity, manifest.identity)

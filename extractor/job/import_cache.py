@@ -100,7 +100,6 @@ def import_cache(options: ImportOptions) -> ImportReport:
         StorageError: the operating system refused; finished shards stay.
     """
     _require_apart(options.out, options.source)
-    refuse_foreign_folder(options.out)
     job = _Import(options)
     make_folder(options.out)
     with writing(options.out):
@@ -146,15 +145,22 @@ class _Import:
             "plan": PLAN_VERSION,
             "shard_bytes": options.plan.shard_bytes,
         }
+        self._check_out()
+        self._backend: TargetBackend | None = None
+        self._thread = threading.local()
+
+    def _check_out(self) -> None:
+        """Refuse a folder that is not this import's own."""
+        refuse_foreign_folder(self.out)
         if (self.out / MANIFEST_NAME).exists():
             stored = Manifest.read(self.out).identity
             require_same_identity(
                 self.out, stored, {**{k: v for k, v in stored.items() if k == "samples"}, **self.identity}
             )
-        self._backend: TargetBackend | None = None
-        self._thread = threading.local()
 
     def run(self) -> ImportReport:
+        # Once more: another import may have come first.
+        self._check_out()
         begin_folders(self.out, ["samples", "shards", "target"])
         samples, manifest = self._begun()
         schema = manifest.schema()

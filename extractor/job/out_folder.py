@@ -10,7 +10,7 @@ from pathlib import Path
 from cache_format.errors import InputError
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
 from cache_format.layout.shard_layout import ShardSchema
-from cache_format.storage.lock import LOCK_NAME
+from cache_format.storage.own_folders import refuse_foreign
 from cache_format.upkeep.repair import QUARANTINE_NAME
 from extractor.job.timeline import TRACE_BEGINS
 from extractor.terminal.progress import size
@@ -75,10 +75,4 @@ def _begins_with(path: Path, begin: bytes) -> bool:
 
 
 def refuse_foreign_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; name a new or empty folder")
-    if out.is_dir() and not (out / MANIFEST_NAME).exists():
-        known = {"samples", "shards", "target", QUARANTINE_NAME, LOCK_NAME}
-        strange = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.endswith(".tmp"))
-        if strange:
-            raise InputError(f"--out {out} is not empty and not a cache (it has {strange[0]!r}); name another folder")
+    refuse_foreign(out, "a cache", MANIFEST_NAME, {"samples", "shards", "target", QUARANTINE_NAME}, "--out")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
+import commands
 import pytest
 from commands import start, wait_for
 from jobs import contents
@@ -11,6 +13,7 @@ from s3 import objects, put, upload_folder
 
 from cache_format.layout.manifest import MANIFEST_NAME
 from cache_format.layout.shard_layout import shard_name
+from cache_format.storage.lease import leased
 from cache_format.storage.store import Store
 
 
@@ -129,6 +132,23 @@ def test_recode_to_a_url(cli, made, bucket, s3, proxy, quick, tmp_path):
     assert objects(s3, bucket) == contents(local)
     assert not [p for p in (tmp_path / "scratch").rglob("*") if p.is_file()], "nothing is left on the disk"
     assert cli("recode", made, bucket, "--codec", "fp8", "--scratch", tmp_path / "scratch")[0] == 2
+
+
+def test_a_recode_to_a_url_that_another_began_meanwhile(cli, made, bucket, s3, quick, tmp_path, monkeypatch):
+    before = {}
+
+    @contextmanager
+    def late(*arguments):
+        commands.made("recode", made, bucket, "--codec", "zbits", "--scratch", tmp_path / "first")
+        before.update(objects(s3, bucket))
+        with leased(*arguments) as allowed:
+            yield allowed
+
+    monkeypatch.setattr("cache_format.upkeep.recode_to_store.leased", late)
+    code, _, err = cli("recode", made, bucket, "--codec", "fp8", "--scratch", tmp_path / "second")
+    assert (code, "codec" in err) == (2, True), err
+    assert before
+    assert objects(s3, bucket) == before
 
 
 def test_recompute(cli, there, tiny_target):
