@@ -111,18 +111,30 @@ def fp8_decode(values, scales, hidden_size, out):  # type: ignore[no-untyped-def
 
 
 @_compiled
-def zbits_split(rows, usual, exponents, rest):  # type: ignore[no-untyped-def]
-    """uint16 ``rows [n, W]`` -> uint8 ``exponents`` less those that are ``usual [W]``, and ``rest``: sign, mantissa."""
-    for row in range(len(rows)):
+def zbits_exponents(rows, usual, exponents):  # type: ignore[no-untyped-def]
+    """uint16 ``rows [n, W]`` -> uint8 ``exponents``, less those that are ``usual [W]``."""
+    for number in range(len(rows)):
+        row, exponent = rows[number], exponents[number]
         for i in range(len(usual)):
-            bits = rows[row, i]
-            exponents[row, i] = np.uint8(bits >> np.uint16(7)) - usual[i]
-            rest[row, i] = np.uint8((bits & np.uint16(0x7F)) | ((bits >> np.uint16(8)) & np.uint16(0x80)))
+            exponent[i] = np.uint8(row[i] >> np.uint16(7)) - usual[i]
+
+
+@_compiled
+def zbits_rest(rows, block_rows, starts, out):  # type: ignore[no-untyped-def]
+    """uint16 ``rows [n, W]`` -> signs and mantissas of each block of rows, into uint8 ``out`` where it ``starts``."""
+    width = rows.shape[1]
+    for block in range(len(starts)):
+        first = block * block_rows
+        for number in range(first, min(first + block_rows, len(rows))):
+            at = starts[block] + (number - first) * width
+            row, rest = rows[number], out[at : at + width]
+            for i in range(width):
+                rest[i] = np.uint8((row[i] & np.uint16(0x7F)) | ((row[i] >> np.uint16(8)) & np.uint16(0x80)))
 
 
 @_compiled
 def zbits_join(exponents, usual, rest, out):  # type: ignore[no-untyped-def]
-    """The first rows of what :func:`zbits_split` took apart, into ``out [m, W]``."""
+    """The first rows of what the two above took apart, into ``out [m, W]``."""
     for row in range(len(out)):
         for i in range(len(usual)):
             exponent = np.uint16(np.uint8(exponents[row, i] + usual[i])) << np.uint16(7)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cache_format.codecs.dtypes import DTYPES
+from cache_format.codecs.encoded_part import EncodedPart, write_all
 
 BLOCKS = "hidden_states_blocks"
 BLOCK_STARTS = "hidden_states_block_starts"
@@ -202,10 +203,27 @@ class BlockCodec(Codec):
         """
 
     @abstractmethod
+    def sizes_bytes(self, num_tokens: int, states: States) -> int:
+        """Bytes at the beginning of a sample that say the sizes of its blocks."""
+
     def most_bytes(self, num_tokens: int, states: States) -> int:
-        """No sample of ``num_tokens`` tokens takes more than that."""
+        """No sample of ``num_tokens`` tokens takes more than that: as much as before, and the sizes."""
+        return num_tokens * states.row_bytes + self.sizes_bytes(num_tokens, states)
+
+    def parts(self, num_tokens: int, states: States) -> list[slice]:
+        """The rows of a sample that are encoded apart, at least one part of them; threads take one each."""
+        return [slice(0, num_tokens)]
 
     @abstractmethod
+    def encode_part(
+        self, rows: np.ndarray, shared: Mapping[str, np.ndarray], states: States, energy: np.ndarray
+    ) -> EncodedPart:
+        """Encode one of a sample's :meth:`parts`, ``rows [n, L*H]``. Deterministic.
+
+        ``rows`` stay as they are until the part is written. A lossy codec writes to ``energy``, float64 ``[n, 2, L]``:
+        of each token's features in each layer, and of their errors.
+        """
+
     def encode_sample(
         self,
         rows: np.ndarray,
@@ -214,11 +232,14 @@ class BlockCodec(Codec):
         states: States,
         energy: np.ndarray,
     ) -> int:
-        """Write a sample's ``rows [n, L*H]`` into ``out`` (uint8); returns how many bytes it took. Deterministic.
-
-        A lossy codec writes to ``energy``, float64 ``[n, 2, L]``: of each token's features in each layer, and of their
-        errors.
-        """
+        """Write a sample's ``rows [n, L*H]`` into ``out`` (uint8), part by part; returns how many bytes it took."""
+        at, end = 0, self.sizes_bytes(len(rows), states)
+        for place in self.parts(len(rows), states):
+            part = self.encode_part(rows[place], shared, states, energy[place])
+            at += write_all(out[at:], [part.sizes])
+            part.write(out[end : end + part.num_bytes])
+            end += part.num_bytes
+        return end
 
     @abstractmethod
     def decode_sample(
@@ -250,14 +271,10 @@ class LayeredBlockCodec(BlockCodec):
     by_layer = True
 
     @abstractmethod
-    def sizes_bytes(self, num_tokens: int) -> int:
-        """At the beginning of a sample: what :meth:`layer_ranges` looks at."""
-
-    @abstractmethod
     def layer_ranges(
         self, stored: np.ndarray, num_tokens: int, layers: Sequence[int] | None = None
     ) -> list[tuple[int, int]]:
-        """Of each layer, where its bytes begin and end in a sample, ``stored``.
+        """Of each layer, where its bytes begin and end in a sample; of ``stored``, its sizes are looked at.
 
         Raises:
             ValueError: its sizes are damaged.

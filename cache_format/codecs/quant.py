@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache_format.codecs.encoded_part import EncodedPart, write_all
 from cache_format.codecs.interface import (
     BLOCK_STARTS,
     ENERGY,
@@ -148,44 +149,30 @@ class QuantCodec(LayeredBlockCodec):
         """Nothing: the statistics are the whole cache's."""
         return {}
 
-    def most_bytes(self, num_tokens: int, states: States) -> int:
-        """As much as before, and 4 bytes a block."""
-        return num_tokens * states.row_bytes + 4 * states.layers * len(list(_blocks(num_tokens, states.hidden_size)))
+    def sizes_bytes(self, num_tokens: int, states: States) -> int:
+        """4 for each block of each layer."""
+        return 4 * states.layers * len(_blocks(num_tokens, states.hidden_size))
 
-    def encode_sample(
-        self,
-        rows: np.ndarray,
-        shared: Mapping[str, np.ndarray],
-        out: np.ndarray,
-        states: States,
-        energy: np.ndarray,
-    ) -> int:
-        """See the top of the file."""
-        blocks = list(_blocks(len(rows), states.hidden_size))
+    def encode_part(
+        self, rows: np.ndarray, shared: Mapping[str, np.ndarray], states: States, energy: np.ndarray
+    ) -> EncodedPart:
+        """A whole sample; see the top of the file."""
+        blocks = _blocks(len(rows), states.hidden_size)
         found = [self._layers().encoded(rows[block], energy[block], states.dtype) for block in blocks]
         # Layer by layer, so that one layer's bytes lie together.
         in_order = [block for of_layer in zip(*found, strict=True) for block in of_layer]
         sizes = np.array([sum(part.nbytes for part in block) for block in in_order], "<u4")
-        at = 0
-        for part in (sizes, *chain.from_iterable(in_order)):
-            raw = part.reshape(-1).view(np.uint8)
-            out[at : at + len(raw)] = raw
-            at += len(raw)
-        return at
+        return _Sample(sizes, int(sizes.sum(dtype=np.int64)), list(chain.from_iterable(in_order)))
 
     def crossing(self, states: States) -> tuple[TokenTensor, ...]:
         """Symbols and steps: a bit over half the bytes of bfloat16 states."""
         return (TokenTensor("hidden_states", "U8", states.width), TokenTensor(STEPS, "BF16", states.layers))
 
-    def sizes_bytes(self, num_tokens: int) -> int:
-        """4 for each block."""
-        return 4 * self._shape[0] * len(list(_blocks(num_tokens, self._shape[1])))
-
     def layer_ranges(
         self, stored: np.ndarray, num_tokens: int, layers: Sequence[int] | None = None
     ) -> list[tuple[int, int]]:
         """See :class:`LayeredBlockCodec`: a layer's blocks lie together."""
-        ends, at_once = self._ends(stored, num_tokens), len(list(_blocks(num_tokens, self._shape[1])))
+        ends, at_once = self._ends(stored, num_tokens), len(_blocks(num_tokens, self._shape[1]))
         chosen = range(self._shape[0]) if layers is None else layers
         return [(int(ends[layer * at_once]), int(ends[(layer + 1) * at_once])) for layer in chosen]
 
@@ -235,7 +222,7 @@ class QuantCodec(LayeredBlockCodec):
         self, stored: np.ndarray, num_tokens: int, wanted: int, layers: QuantLayers
     ) -> Iterator[tuple[slice, list[np.ndarray], int]]:
         """Of the blocks that hold the first ``wanted`` rows: those of them, a block of each layer, its rows."""
-        ends, blocks = self._ends(stored, num_tokens), list(_blocks(num_tokens, self._shape[1]))
+        ends, blocks = self._ends(stored, num_tokens), _blocks(num_tokens, self._shape[1])
         for number, block in enumerate(blocks):
             if block.start < wanted:
                 places = [layer * len(blocks) + number for layer in layers.chosen]
@@ -244,7 +231,8 @@ class QuantCodec(LayeredBlockCodec):
 
     def _ends(self, stored: np.ndarray, num_tokens: int) -> np.ndarray:
         """Where the sizes end, and each block, layer by layer."""
-        size = self.sizes_bytes(num_tokens)
+        layers, hidden_size = self._shape
+        size = 4 * layers * len(_blocks(num_tokens, hidden_size))
         sizes = stored[:size]
         if len(sizes) != size:
             raise ValueError("the sizes of its blocks are cut off")
@@ -268,7 +256,18 @@ class QuantCodec(LayeredBlockCodec):
         return made[chosen]
 
 
-def _blocks(num_tokens: int, hidden_size: int) -> Iterator[slice]:
+@dataclass(frozen=True, slots=True)
+class _Sample(EncodedPart):
+    """The pieces of each block, layer by layer."""
+
+    pieces: list[np.ndarray]
+
+    def write(self, out: np.ndarray) -> None:
+        """See :class:`EncodedPart`."""
+        write_all(out, self.pieces)
+
+
+def _blocks(num_tokens: int, hidden_size: int) -> list[slice]:
     """The rows of each block of a layer."""
     rows = max(1, BLOCK_ELEMENTS // hidden_size)
-    return (slice(start, min(start + rows, num_tokens)) for start in range(0, num_tokens, rows))
+    return [slice(start, min(start + rows, num_tokens)) for start in range(0, num_tokens, rows)]

@@ -12,13 +12,15 @@ and for float32 the lower 16 bits. Exponents that do not get smaller are stored 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import torch
 
 from cache_format.codecs.compiled import loops_for
+from cache_format.codecs.encoded_part import EncodedPart, write_all
 from cache_format.codecs.entropy import coder
 from cache_format.codecs.interface import BLOCK_STARTS, BlockCodec, HeadTensor, States
 from cache_format.codecs.thread_memory import thread_memory
@@ -29,7 +31,10 @@ BLOCK_ELEMENTS = 1 << 17
 """A block has as many rows as hold at most this many elements, and at least one."""
 
 _AT_ONCE = 8
-"""Blocks that are coded in one call."""
+"""Blocks that are coded in one call, and by one thread."""
+
+_MEDIANS_AT_ONCE = 4096
+"""Channels whose exponents are compared at a time: those of the sampled rows fit a core's cache."""
 
 _SAMPLED_ROWS = 129
 _SIGN_AND_MANTISSA = np.uint16(0x807F)
@@ -53,41 +58,33 @@ class ZbitsCodec(BlockCodec):
     def shared(self, rows: np.ndarray, states: States) -> dict[str, np.ndarray]:
         """Each channel's median exponent, over up to 129 rows spread evenly."""
         exponents = np.zeros(-(-states.width // 8) * 8, np.uint8)
-        if len(rows):
-            sampled = rows[np.linspace(0, len(rows) - 1, min(_SAMPLED_ROWS, len(rows))).astype(np.int64)]
-            exponents[: states.width] = _medians(_exponents(_upper(sampled)))
+        sampled = np.linspace(0, len(rows) - 1, min(_SAMPLED_ROWS, len(rows))).astype(np.int64)
+        for start in range(0, states.width if len(rows) else 0, _MEDIANS_AT_ONCE):
+            some = slice(start, min(start + _MEDIANS_AT_ONCE, states.width))
+            exponents[some] = _medians(_exponents(_upper(rows[sampled, some])))
         return {EXPONENTS: exponents}
 
-    def most_bytes(self, num_tokens: int, states: States) -> int:
-        """As much as before, and 4 bytes a block."""
-        return num_tokens * states.row_bytes + 4 * len(list(_blocks(num_tokens, states.width)))
+    def sizes_bytes(self, num_tokens: int, states: States) -> int:
+        """4 for each block."""
+        return 4 * len(_blocks(num_tokens, states.width))
 
-    def encode_sample(
-        self,
-        rows: np.ndarray,
-        shared: Mapping[str, np.ndarray],
-        out: np.ndarray,
-        states: States,
-        energy: np.ndarray,
-    ) -> int:
+    def parts(self, num_tokens: int, states: States) -> list[slice]:
+        """Some blocks each."""
+        return _runs_of(_AT_ONCE * _block_rows(states.width), num_tokens) or [slice(0, 0)]
+
+    def encode_part(
+        self, rows: np.ndarray, shared: Mapping[str, np.ndarray], states: States, energy: np.ndarray
+    ) -> EncodedPart:
         """See the top of the file."""
-        usual = shared[EXPONENTS][: rows.shape[1]]
-        blocks = list(_blocks(len(rows), rows.shape[1]))
-        sizes, at = np.empty(len(blocks), "<u4"), 4 * len(blocks)
-        for first in range(0, len(blocks), _AT_ONCE):
-            some = blocks[first : first + _AT_ONCE]
-            start = some[0].start
-            exponents, rest = _split(rows[start : some[-1].stop], usual, states.dtype)
-            places = [slice(block.start - start, block.stop - start) for block in some]
-            coded = coder().coded([exponents[place] for place in places])
-            sizes[first : first + len(some)] = [len(part) for part in coded]
-            for block, place, part in zip(some, places, coded, strict=True):
-                at = _append(out, at, part)
-                at = _append(out, at, rest[place])
-                if rows.itemsize == 4:
-                    at = _append(out, at, (rows[block] & 0xFFFF).astype("<u2"))
-        _append(out, 0, sizes)
-        return at
+        usual, loops = shared[EXPONENTS][: rows.shape[1]], loops_for(states.dtype)
+        exponents = thread_memory("zbits' exponents", rows.shape, np.uint8)
+        if loops is None:
+            np.subtract(_exponents(_upper(rows)), usual, out=exponents)
+        else:
+            loops.zbits_exponents(rows, usual, exponents)
+        coded = coder().coded([exponents[block] for block in _blocks(*rows.shape)])
+        sizes = np.array([len(block) for block in coded], "<u4")
+        return _Part(sizes, sum(map(len, coded)) + rows.size * (rows.itemsize - 1), rows, coded, loops)
 
     def decode_sample(
         self, stored: np.ndarray, shared: Mapping[str, np.ndarray], num_tokens: int, out: np.ndarray, states: States
@@ -95,7 +92,7 @@ class ZbitsCodec(BlockCodec):
         """See the top of the file."""
         width, rest = out.shape[1], out.itemsize - 1
         usual = shared[EXPONENTS][:width]
-        blocks = list(_blocks(num_tokens, width))
+        blocks = _blocks(num_tokens, width)
         sizes = stored[: 4 * len(blocks)]
         if len(sizes) != 4 * len(blocks):
             raise ValueError("the sizes of its blocks are cut off")
@@ -114,15 +111,42 @@ class ZbitsCodec(BlockCodec):
                 _join(out[block], exponents.reshape(-1, width), usual, stored[tail:stop], states.dtype)
 
 
-def _scratch(shape: tuple[int, int]) -> np.ndarray:
-    """uint16, of :func:`thread_memory`."""
-    return thread_memory("zbits' bits", shape, np.uint16)
+@dataclass(frozen=True, slots=True)
+class _Part(EncodedPart):
+    """Exponents, coded; the other bits are taken from the rows when they have a place, and are written once."""
+
+    rows: np.ndarray
+    coded: list[np.ndarray]
+    loops: ModuleType | None
+
+    def write(self, out: np.ndarray) -> None:
+        """See :class:`EncodedPart`."""
+        at, starts = 0, []
+        for block, coded in zip(_blocks(*self.rows.shape), self.coded, strict=True):
+            at += write_all(out[at:], [coded])
+            starts.append(at)
+            rows = self.rows[block]
+            if self.loops is None:
+                upper = _upper(rows)
+                write_all(out[at:], [((upper & 0x7F) | (upper >> 8 & 0x80)).astype(np.uint8)])
+            if rows.itemsize == 4:
+                write_all(out[at + rows.size :], [(rows & 0xFFFF).astype("<u2")])
+            at += rows.size * (rows.itemsize - 1)
+        if self.loops is not None:
+            self.loops.zbits_rest(self.rows, _block_rows(self.rows.shape[1]), np.array(starts, np.int64), out)
 
 
-def _blocks(num_tokens: int, width: int) -> Iterator[slice]:
+def _blocks(num_tokens: int, width: int) -> list[slice]:
     """The rows of each block of a sample."""
-    rows = max(1, BLOCK_ELEMENTS // width)
-    return (slice(start, min(start + rows, num_tokens)) for start in range(0, num_tokens, rows))
+    return _runs_of(_block_rows(width), num_tokens)
+
+
+def _block_rows(width: int) -> int:
+    return max(1, BLOCK_ELEMENTS // width)
+
+
+def _runs_of(rows: int, num_tokens: int) -> list[slice]:
+    return [slice(start, min(start + rows, num_tokens)) for start in range(0, num_tokens, rows)]
 
 
 def _upper(rows: np.ndarray) -> np.ndarray:
@@ -147,24 +171,6 @@ def _medians(values: np.ndarray) -> np.ndarray:
     return found
 
 
-def _split(rows: np.ndarray, usual: np.ndarray, dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """uint8: the exponents less the usual ones, and signs and mantissas."""
-    loops = loops_for(dtype)
-    if loops is None:
-        upper = _upper(rows)
-        return _exponents(upper) - usual, ((upper & 0x7F) | (upper >> 8 & 0x80)).astype(np.uint8)
-    exponents, rest = _scratch(rows.shape).view(np.uint8).reshape(2, *rows.shape)
-    loops.zbits_split(rows, usual, exponents, rest)
-    return exponents, rest
-
-
-def _append(out: np.ndarray, at: int, data: np.ndarray) -> int:
-    raw = data.reshape(-1).view(np.uint8)
-    # Not numpy's copy: it lets go of Python's lock, and waits for it.
-    out[at : at + len(raw)].data[:] = raw.data
-    return at + len(raw)
-
-
 def _join(out: np.ndarray, exponents: np.ndarray, usual: np.ndarray, tail: np.ndarray, dtype: torch.dtype) -> None:
     """Put the elements ``out`` (perhaps fewer rows) together again, in passes that run at a vector unit's speed."""
     rows, loops = len(out), loops_for(dtype)
@@ -172,7 +178,7 @@ def _join(out: np.ndarray, exponents: np.ndarray, usual: np.ndarray, tail: np.nd
     if loops is not None:
         loops.zbits_join(exponents, usual, bits, out)
         return
-    upper = out if not len(lower) else _scratch(out.shape)
+    upper = out if not len(lower) else thread_memory("zbits' bits", out.shape, np.uint16)
     # Sign-extended, the sign bit stands at bit 15 too.
     np.copyto(upper.view(np.int16), bits[:rows].view(np.int8))
     np.bitwise_and(upper, _SIGN_AND_MANTISSA, out=upper)

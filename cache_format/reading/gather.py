@@ -324,7 +324,7 @@ def _read_block(piece: Piece, view: View, aside: _Aside) -> tuple[np.ndarray, bo
         return block, True
     with _told(piece):
         num_tokens = _num_tokens(piece)
-        shard.read_into(offset, block[: codec.sizes_bytes(num_tokens)])
+        shard.read_into(offset, block[: codec.sizes_bytes(num_tokens, shard.schema.states)])
         ranges = codec.layer_ranges(block, num_tokens, view.layers)
     for start, stop in ranges:
         shard.read_into(offset + start, block[start:stop])

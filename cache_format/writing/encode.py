@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, wait
-from itertools import pairwise
+from concurrent.futures import FIRST_EXCEPTION, Executor, wait
 
 import numpy as np
 import torch
@@ -13,10 +11,12 @@ import torch
 from cache_format.codecs import BlockCodec, RowCodec, States
 from cache_format.codecs.interface import BLOCK_STARTS, BLOCKS
 from cache_format.layout.shard_layout import ShardSchema
+from cache_format.writing.places import Places
 from cache_format.writing.shard_buffer import ShardBuffer
 
-_RUN_BYTES = 8 << 20
-"""Samples that one thread encodes at a time: to hand work over takes as long as to encode some thousand tokens."""
+_RUN_BYTES = 1 << 20
+"""What one thread encodes at a time, at least. Measured: with less, handing over takes too long; with more, parts wait
+for those before them, and are written when they lie in no cache any more."""
 
 
 def encode_shard(
@@ -80,38 +80,38 @@ def _encode_blocks(
     shared = codec.shared(rows, states)
     for name, values in shared.items():
         into.tensor(name).numpy()[:] = values
-    starts, blocks = into.tensor(BLOCK_STARTS).numpy(), into.tensor(BLOCKS).numpy()
     energies = np.zeros((len(rows) if not codec.lossless else 0, 2, states.layers))
-    samples = list(pairwise(into.cu_seqlens.tolist()))
+    begins, lengths = into.cu_seqlens[:-1].tolist(), np.diff(into.cu_seqlens).tolist()
+    of_samples = [codec.parts(length, states) for length in lengths]
+    parts = [
+        slice(begin + part.start, begin + part.stop)
+        for begin, of_sample in zip(begins, of_samples, strict=True)
+        for part in of_sample
+    ]
+    sizes_bytes = [codec.sizes_bytes(length, states) for length in lengths]
+    places = Places(into.tensor(BLOCKS).numpy(), sizes_bytes, list(map(len, of_samples)))
 
-    def encode(run: range, out: np.ndarray) -> list[int]:
-        """Some samples, one after the other from the beginning of ``out``; how many bytes each takes."""
-        sizes, at = [], 0
-        for start, stop in samples[run.start : run.stop]:
-            sizes.append(codec.encode_sample(rows[start:stop], shared, out[at:], states, energies[start:stop]))
-            at += sizes[-1]
-        return sizes
+    def encode(run: range) -> None:
+        for number in run:
+            places.put(number, codec.encode_part(rows[parts[number]], shared, states, energies[parts[number]]))
 
+    runs = _runs([(part.stop - part.start) * states.row_bytes for part in parts])
     if encoders is None:
-        sizes = encode(range(len(samples)), blocks)
+        for run in runs:
+            encode(run)
     else:
-        sizes, there = [], 0
-        # Each run where it would stand if all before it took the most they can.
-        most = [codec.most_bytes(stop - start, states) for start, stop in samples]
-        rooms, runs = np.concatenate([[0], np.cumsum(most)]).tolist(), _runs(most)
-        futures = [encoders.submit(encode, run, blocks[rooms[run.start] : rooms[run.stop]]) for run in runs]
-        try:
-            for run, future in zip(runs, futures, strict=True):
-                found = future.result()
-                _move(blocks, rooms[run.start], there, sum(found))
-                sizes, there = sizes + found, there + sum(found)
-        finally:
-            # They write into this buffer.
-            wait(futures)
-    starts[:] = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        futures = [encoders.submit(encode, run) for run in runs]
+        wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            future.cancel()
+        # Those that have begun write into this buffer.
+        for future in wait(futures).done:
+            if not future.cancelled():
+                future.result()
+    into.tensor(BLOCK_STARTS).numpy()[:] = places.starts
     if not codec.lossless:
         into.put_energy(torch.from_numpy(energies))
-    into.end_blocks(int(starts[-1]))
+    into.end_blocks(places.starts[-1])
 
 
 def _runs(num_bytes: Sequence[int]) -> list[range]:
@@ -123,9 +123,3 @@ def _runs(num_bytes: Sequence[int]) -> list[range]:
             runs.append(range(begin, number))
             begin, size = number, 0
     return runs
-
-
-def _move(memory: np.ndarray, source: int, target: int, count: int) -> None:
-    """Move bytes of ``memory`` that may overlap, which numpy would do through a copy of them all."""
-    if source != target:
-        ctypes.memmove(memory[target:].ctypes.data, memory[source:].ctypes.data, count)

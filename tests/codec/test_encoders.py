@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import chain
 from unittest.mock import patch
 
 import numpy as np
@@ -13,8 +16,10 @@ from hypothesis import strategies as st
 from test_quant import like_an_llm
 
 from cache_format.codecs import QuantCodec, States, codec_named
+from cache_format.codecs.encoded_part import EncodedPart
 from cache_format.layout.shard_layout import ShardSchema
 from cache_format.writing import encode
+from cache_format.writing.places import Places
 from cache_format.writing.shard_buffer import ShardBuffer
 
 
@@ -51,17 +56,57 @@ def test_runs_have_every_item_once_in_order_and_enough_to_do(sizes, run_bytes):
 
 
 def test_a_sample_that_cannot_be_encoded_is_told_after_all_threads_are_done(tmp_path, monkeypatch):
-    done, real = [], QuantCodec.encode_sample
+    begun, done, real = [], [], QuantCodec.encode_part
 
     def failing(self, rows, *arguments):
+        begun.append(len(rows))
         if len(rows) == 7:
             raise MemoryError("no room")
-        done.append(real(self, rows, *arguments))
-        return done[-1]
+        found = real(self, rows, *arguments)
+        time.sleep(0.05)
+        done.append(len(rows))
+        return found
 
-    monkeypatch.setattr(QuantCodec, "encode_sample", failing)
+    monkeypatch.setattr(QuantCodec, "encode_part", failing)
     monkeypatch.setattr(encode, "_RUN_BYTES", 1)
     with ThreadPoolExecutor(3) as encoders:
         with pytest.raises(MemoryError, match="no room"):
-            shard([5, 7, *[60] * 10], "quant", tmp_path / "shard", encoders, None)
-        assert len(done) == 11
+            shard([5, 7, *[60] * 40], "quant", tmp_path / "shard", encoders, None)
+        assert sorted(begun) == sorted([7, *done])
+        assert len(begun) < 42, "the others are not begun any more"
+        time.sleep(0.1)
+        assert sorted(begun) == sorted([7, *done])
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), max_size=6), st.randoms())
+def test_parts_stand_in_order_whatever_is_done_first(samples, random):
+    """The same as one after the other: of each sample the sizes of its parts, then their bytes."""
+    parts = [
+        _Lettered(np.array([size], "<u4"), size, np.full(size, number, np.uint8))
+        for number, size in enumerate(chain.from_iterable(samples))
+    ]
+    expected, starts, number = b"", [0], 0
+    for sample in samples:
+        of_sample = parts[number : number + len(sample)]
+        expected += b"".join(part.sizes.tobytes() for part in of_sample)
+        expected += b"".join(part.content.tobytes() for part in of_sample)
+        starts.append(len(expected))
+        number += len(sample)
+    out = np.zeros(len(expected), np.uint8)
+    places = Places(out, [sum(parts[0].sizes.nbytes for _ in sample) for sample in samples], list(map(len, samples)))
+    numbers = list(range(len(parts)))
+    random.shuffle(numbers)
+    for number in numbers:
+        places.put(number, parts[number])
+    assert (out.tobytes(), places.starts) == (expected, starts)
+    assert all(part.written == [1] for part in parts)
+
+
+@dataclass(frozen=True)
+class _Lettered(EncodedPart):
+    content: np.ndarray
+    written: list[int] = field(default_factory=list)
+
+    def write(self, out: np.ndarray) -> None:
+        out[:] = self.content
+        self.written.append(1)
