@@ -11,9 +11,9 @@ is GB/s by the clock on this machine, its disk and whatever else runs on it incl
 encode. What is slowest of the three is named. A disk has to take the rate times `stored`.
 fp8 is encoded on the device where there is one; its host then has half of raw's bytes to write and nothing to encode.
 
-Then how the encoders scale: one shard encoded by one thread and by two, in turns, best of the rounds. The clock says
-little where other work runs; how often threads were blocked (each time for the interpreter's lock, or for work) and
-whether two need more processor time than one says whether they hold each other up.
+Then how the encoders scale: two shards, each encoded by one thread and by two, in turns, best of the rounds. The clock
+says little where other work runs; how often threads were blocked (each time for the interpreter's lock, or for work)
+and whether two need more processor time than one says whether they hold each other up.
 """
 
 from __future__ import annotations
@@ -146,10 +146,8 @@ def measure(runner: ShardRunner, codec: str) -> None:
     )
 
 
-def scaling(runner: ShardRunner, rounds: int) -> None:
+def scaling(runner: ShardRunner, number: int, rounds: int) -> None:
     """One shard by one encoder and by two."""
-    # Not the first: it has the longest samples, too few to share.
-    number = len(runner.plan) // 2
     shard = runner.plan.shard(number)
     raw = ShardBuffer(int(runner.plan.shard_bytes(runner.schema.raw)[number]))
     raw.begin(runner.schema.raw, number, shard.sample_ids, shard.num_tokens)
@@ -203,7 +201,9 @@ def main() -> None:
         if isinstance(runner.schema.codec, BlockCodec):
             blocks.append(runner)
     for runner in blocks:
-        scaling(runner, options.rounds)
+        # The first has the longest samples, and so the fewest.
+        for number in (0, len(runner.plan) // 2):
+            scaling(runner, number, options.rounds)
     shutil.rmtree(options.out)
 
 

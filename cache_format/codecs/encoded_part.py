@@ -1,9 +1,9 @@
-"""Some rows of a sample as a :class:`BlockCodec` encodes them, before the place is known where they go."""
+"""Some rows of a sample as a :class:`BlockCodec` encodes them, before the places are known where they go."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,16 +11,19 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class EncodedPart(ABC):
-    """What a sample's bytes hold of a part of it: sizes at the sample's beginning, the rest behind those."""
+    """The blocks of a part of a sample, in one group, or in one for each layer.
+
+    A sample is the sizes of its blocks, then the blocks; both group by group, and in a group part by part.
+    """
 
     sizes: np.ndarray
-    """uint32 ``[blocks]``"""
-    num_bytes: int
-    """of the rest"""
+    """uint32 ``[groups, blocks]``, as the sample says them"""
+    num_bytes: Sequence[int]
+    """of each group's blocks"""
 
     @abstractmethod
-    def write(self, out: np.ndarray) -> None:
-        """Write the rest into ``out``, uint8 ``[num_bytes]``; once."""
+    def write(self, group: int, out: np.ndarray) -> None:
+        """Write the blocks of ``group`` into ``out``, uint8 ``[num_bytes[group]]``."""
 
 
 def write_all(out: np.ndarray, pieces: Iterable[np.ndarray]) -> int:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from cache_format.codecs.dtypes import DTYPES
-from cache_format.codecs.encoded_part import EncodedPart, write_all
+from cache_format.codecs.encoded_part import EncodedPart
+from cache_format.codecs.places import Places
 
 BLOCKS = "hidden_states_blocks"
 BLOCK_STARTS = "hidden_states_block_starts"
@@ -210,9 +211,13 @@ class BlockCodec(Codec):
         """No sample of ``num_tokens`` tokens takes more than that: as much as before, and the sizes."""
         return num_tokens * states.row_bytes + self.sizes_bytes(num_tokens, states)
 
+    def groups(self, states: States) -> int:
+        """Of each part of a sample."""
+        return states.layers if self.by_layer else 1
+
+    @abstractmethod
     def parts(self, num_tokens: int, states: States) -> list[slice]:
-        """The rows of a sample that are encoded apart, at least one part of them; threads take one each."""
-        return [slice(0, num_tokens)]
+        """The rows of a sample that are encoded apart, by any threads: at least one part."""
 
     @abstractmethod
     def encode_part(
@@ -233,13 +238,11 @@ class BlockCodec(Codec):
         energy: np.ndarray,
     ) -> int:
         """Write a sample's ``rows [n, L*H]`` into ``out`` (uint8), part by part; returns how many bytes it took."""
-        at, end = 0, self.sizes_bytes(len(rows), states)
-        for place in self.parts(len(rows), states):
-            part = self.encode_part(rows[place], shared, states, energy[place])
-            at += write_all(out[at:], [part.sizes])
-            part.write(out[end : end + part.num_bytes])
-            end += part.num_bytes
-        return end
+        parts = self.parts(len(rows), states)
+        places = Places(out, [self.sizes_bytes(len(rows), states)], [len(parts)], self.groups(states))
+        for number, part in enumerate(parts):
+            places.put(number, self.encode_part(rows[part], shared, states, energy[part]))
+        return places.starts[-1]
 
     @abstractmethod
     def decode_sample(

@@ -48,9 +48,13 @@ from cache_format.codecs.interface import (
 )
 from cache_format.codecs.quant_layers import QuantLayers
 from cache_format.codecs.quant_statistics import Statistics, statistics_for
+from cache_format.codecs.row_runs import row_runs
 
 BLOCK_ELEMENTS = 1 << 17
 """A block has as many rows of a layer as hold at most this many features, and at least one."""
+
+_AT_ONCE = 2
+"""Blocks of each layer that one thread encodes at a time."""
 
 STEPS = "hidden_states_steps"
 """BF16 ``[B, S, L]`` beside ``hidden_states`` U8 ``[B, S, L*H]`` (the bits of int8), for a device."""
@@ -153,16 +157,20 @@ class QuantCodec(LayeredBlockCodec):
         """4 for each block of each layer."""
         return 4 * states.layers * len(_blocks(num_tokens, states.hidden_size))
 
+    def parts(self, num_tokens: int, states: States) -> list[slice]:
+        """Some blocks of each layer."""
+        return row_runs(num_tokens, _AT_ONCE * _block_rows(states.hidden_size)) or [slice(0, 0)]
+
     def encode_part(
         self, rows: np.ndarray, shared: Mapping[str, np.ndarray], states: States, energy: np.ndarray
     ) -> EncodedPart:
-        """A whole sample; see the top of the file."""
+        """See the top of the file."""
         blocks = _blocks(len(rows), states.hidden_size)
         found = [self._layers().encoded(rows[block], energy[block], states.dtype) for block in blocks]
-        # Layer by layer, so that one layer's bytes lie together.
-        in_order = [block for of_layer in zip(*found, strict=True) for block in of_layer]
-        sizes = np.array([sum(part.nbytes for part in block) for block in in_order], "<u4")
-        return _Sample(sizes, int(sizes.sum(dtype=np.int64)), list(chain.from_iterable(in_order)))
+        of_layers = [[block[layer] for block in found] for layer in range(states.layers)]
+        sizes = np.array([[sum(piece.nbytes for piece in block) for block in layer] for layer in of_layers], "<u4")
+        pieces = [list(chain.from_iterable(layer)) for layer in of_layers]
+        return _Part(sizes.reshape(states.layers, -1), sizes.sum(1, dtype=np.int64).tolist(), pieces)
 
     def crossing(self, states: States) -> tuple[TokenTensor, ...]:
         """Symbols and steps: a bit over half the bytes of bfloat16 states."""
@@ -257,17 +265,19 @@ class QuantCodec(LayeredBlockCodec):
 
 
 @dataclass(frozen=True, slots=True)
-class _Sample(EncodedPart):
-    """The pieces of each block, layer by layer."""
+class _Part(EncodedPart):
+    pieces: list[list[np.ndarray]]
+    """of each layer's blocks"""
 
-    pieces: list[np.ndarray]
-
-    def write(self, out: np.ndarray) -> None:
+    def write(self, group: int, out: np.ndarray) -> None:
         """See :class:`EncodedPart`."""
-        write_all(out, self.pieces)
+        write_all(out, self.pieces[group])
+
+
+def _block_rows(hidden_size: int) -> int:
+    return max(1, BLOCK_ELEMENTS // hidden_size)
 
 
 def _blocks(num_tokens: int, hidden_size: int) -> list[slice]:
     """The rows of each block of a layer."""
-    rows = max(1, BLOCK_ELEMENTS // hidden_size)
-    return [slice(start, min(start + rows, num_tokens)) for start in range(0, num_tokens, rows)]
+    return row_runs(num_tokens, _block_rows(hidden_size))

@@ -17,6 +17,7 @@ from torch import Tensor
 from cache_format.codecs.compiled import loops_for
 from cache_format.codecs.entropy import coder
 from cache_format.codecs.quant_statistics import GROUPS, Statistics
+from cache_format.codecs.row_runs import row_runs
 from cache_format.codecs.thread_memory import thread_memory
 
 _AT_ONCE = 1 << 18
@@ -149,7 +150,7 @@ class QuantLayers:
         count, (layers, hidden_size) = len(rows), self.shape
         symbols, steps = thread_memory("quant's symbols", rows.shape, np.int8), np.empty((count, layers), np.float32)
         found = [np.empty((3, 0), np.int64)]
-        for part in _parts(count, rows.shape[1], _AT_ONCE):
+        for part in row_runs(count, _AT_ONCE // rows.shape[1]):
             # What overflows, or is not a number, is stored as it is.
             with np.errstate(over="ignore", invalid="ignore"):
                 found.append(self._in_passes(rows[part], dtype, symbols[part], steps[part], energy[part]))
@@ -312,7 +313,7 @@ class QuantLayers:
         out = torch.empty(symbols.shape, dtype=dtype, device=device)
         is_padding = torch.arange(symbols.shape[1], device=device) >= filled[:, None]
         flat = [tensor.flatten(0, 1) for tensor in (symbols, steps, is_padding, out)]
-        for part in _parts(len(flat[0]), symbols.shape[2], _ON_DEVICE):
+        for part in row_runs(len(flat[0]), _ON_DEVICE // symbols.shape[2]):
             number, step, is_none, decoded = (tensor[part] for tensor in flat)
             if not self._is_sorted:
                 number = number.index_select(1, unsorted)
@@ -327,7 +328,7 @@ class QuantLayers:
         layers, hidden_size = self.shape
         at_once = _AT_ONCE if torch.get_num_threads() == 1 else _ONE_THREAD
         by_layer, all_steps = out.unflatten(1, (layers, hidden_size)), torch.from_numpy(steps)[..., None]
-        for part in _parts(len(out), out.shape[1], at_once):
+        for part in row_runs(len(out), at_once // out.shape[1]):
             wide, rest = _scratch(symbols[part].shape)
             np.copyto(wide, symbols[part])
             numbers = torch.from_numpy(wide)
@@ -337,15 +338,9 @@ class QuantLayers:
             by_layer[part] = torch.addcmul(self._mean_tensor, states, all_steps[part], out=states)
 
 
-def _parts(rows: int, width: int, at_once: int) -> Iterator[slice]:
-    """The rows that are worked on at a time."""
-    step = max(1, at_once // width)
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
 def _chosen_columns(rows: Tensor, columns: Tensor, out: Tensor) -> None:
     at_once = _AT_ONCE if torch.get_num_threads() == 1 else _ONE_THREAD
-    for part in _parts(len(rows), rows.shape[1], at_once):
+    for part in row_runs(len(rows), at_once // rows.shape[1]):
         torch.index_select(rows[part], 1, columns, out=out[part])
 
 

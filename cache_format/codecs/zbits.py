@@ -23,6 +23,7 @@ from cache_format.codecs.compiled import loops_for
 from cache_format.codecs.encoded_part import EncodedPart, write_all
 from cache_format.codecs.entropy import coder
 from cache_format.codecs.interface import BLOCK_STARTS, BlockCodec, HeadTensor, States
+from cache_format.codecs.row_runs import row_runs
 from cache_format.codecs.thread_memory import thread_memory
 
 EXPONENTS = "hidden_states_exponents"
@@ -70,7 +71,7 @@ class ZbitsCodec(BlockCodec):
 
     def parts(self, num_tokens: int, states: States) -> list[slice]:
         """Some blocks each."""
-        return _runs_of(_AT_ONCE * _block_rows(states.width), num_tokens) or [slice(0, 0)]
+        return row_runs(num_tokens, _AT_ONCE * _block_rows(states.width)) or [slice(0, 0)]
 
     def encode_part(
         self, rows: np.ndarray, shared: Mapping[str, np.ndarray], states: States, energy: np.ndarray
@@ -83,8 +84,8 @@ class ZbitsCodec(BlockCodec):
         else:
             loops.zbits_exponents(rows, usual, exponents)
         coded = coder().coded([exponents[block] for block in _blocks(*rows.shape)])
-        sizes = np.array([len(block) for block in coded], "<u4")
-        return _Part(sizes, sum(map(len, coded)) + rows.size * (rows.itemsize - 1), rows, coded, loops)
+        sizes = np.array([[len(block) for block in coded]], "<u4")
+        return _Part(sizes, [sum(map(len, coded)) + rows.size * (rows.itemsize - 1)], rows, coded, loops)
 
     def decode_sample(
         self, stored: np.ndarray, shared: Mapping[str, np.ndarray], num_tokens: int, out: np.ndarray, states: States
@@ -119,7 +120,7 @@ class _Part(EncodedPart):
     coded: list[np.ndarray]
     loops: ModuleType | None
 
-    def write(self, out: np.ndarray) -> None:
+    def write(self, group: int, out: np.ndarray) -> None:
         """See :class:`EncodedPart`."""
         at, starts = 0, []
         for block, coded in zip(_blocks(*self.rows.shape), self.coded, strict=True):
@@ -138,15 +139,11 @@ class _Part(EncodedPart):
 
 def _blocks(num_tokens: int, width: int) -> list[slice]:
     """The rows of each block of a sample."""
-    return _runs_of(_block_rows(width), num_tokens)
+    return row_runs(num_tokens, _block_rows(width))
 
 
 def _block_rows(width: int) -> int:
     return max(1, BLOCK_ELEMENTS // width)
-
-
-def _runs_of(rows: int, num_tokens: int) -> list[slice]:
-    return [slice(start, min(start + rows, num_tokens)) for start in range(0, num_tokens, rows)]
 
 
 def _upper(rows: np.ndarray) -> np.ndarray:

@@ -10,8 +10,8 @@ import torch
 
 from cache_format.codecs import BlockCodec, RowCodec, States
 from cache_format.codecs.interface import BLOCK_STARTS, BLOCKS
+from cache_format.codecs.places import Places
 from cache_format.layout.shard_layout import ShardSchema
-from cache_format.writing.places import Places
 from cache_format.writing.shard_buffer import ShardBuffer
 
 _RUN_BYTES = 1 << 20
@@ -37,7 +37,7 @@ def encode_shard(
         num_tokens: ``[n]``
         raw: what the shard would hold with the raw codec: a tensor with one row a token for each name.
         into: memory that is used again where it has the room; None: new memory.
-        encoders: threads that encode the samples of a :class:`BlockCodec` side by side; None: one after the other.
+        encoders: threads that encode parts of a :class:`BlockCodec`'s samples side by side; None: one after the other.
     """
     codec, states = schema.codec, schema.states
     room = sum(codec.most_bytes(n, states) for n in num_tokens.tolist()) if isinstance(codec, BlockCodec) else 0
@@ -89,7 +89,7 @@ def _encode_blocks(
         for part in of_sample
     ]
     sizes_bytes = [codec.sizes_bytes(length, states) for length in lengths]
-    places = Places(into.tensor(BLOCKS).numpy(), sizes_bytes, list(map(len, of_samples)))
+    places = Places(into.tensor(BLOCKS).numpy(), sizes_bytes, list(map(len, of_samples)), codec.groups(states))
 
     def encode(run: range) -> None:
         for number in run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from unittest.mock import patch
 
 import numpy as np
@@ -17,9 +17,9 @@ from test_quant import like_an_llm
 
 from cache_format.codecs import QuantCodec, States, codec_named
 from cache_format.codecs.encoded_part import EncodedPart
+from cache_format.codecs.places import Places
 from cache_format.layout.shard_layout import ShardSchema
 from cache_format.writing import encode
-from cache_format.writing.places import Places
 from cache_format.writing.shard_buffer import ShardBuffer
 
 
@@ -78,35 +78,39 @@ def test_a_sample_that_cannot_be_encoded_is_told_after_all_threads_are_done(tmp_
         assert sorted(begun) == sorted([7, *done])
 
 
-@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), max_size=6), st.randoms())
-def test_parts_stand_in_order_whatever_is_done_first(samples, random):
-    """The same as one after the other: of each sample the sizes of its parts, then their bytes."""
-    parts = [
-        _Lettered(np.array([size], "<u4"), size, np.full(size, number, np.uint8))
-        for number, size in enumerate(chain.from_iterable(samples))
-    ]
-    expected, starts, number = b"", [0], 0
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), max_size=6), st.integers(1, 3), st.randoms())
+def test_parts_stand_in_order_whatever_is_done_first(samples, groups, random):
+    """Of each sample the sizes, then the bytes: group by group, and in a group part by part."""
+    numbers = count()
+    samples = [[lettered(size, groups, next(numbers)) for size in sample] for sample in samples]
+    parts = list(chain.from_iterable(samples))
+    expected, starts = b"", [0]
     for sample in samples:
-        of_sample = parts[number : number + len(sample)]
-        expected += b"".join(part.sizes.tobytes() for part in of_sample)
-        expected += b"".join(part.content.tobytes() for part in of_sample)
+        for group in range(groups):
+            expected += b"".join(part.sizes[group].tobytes() for part in sample)
+        for group in range(groups):
+            expected += b"".join(part.content[group].tobytes() for part in sample)
         starts.append(len(expected))
-        number += len(sample)
     out = np.zeros(len(expected), np.uint8)
-    places = Places(out, [sum(parts[0].sizes.nbytes for _ in sample) for sample in samples], list(map(len, samples)))
-    numbers = list(range(len(parts)))
-    random.shuffle(numbers)
-    for number in numbers:
+    places = Places(out, [4 * groups * len(sample) for sample in samples], list(map(len, samples)), groups)
+    for number in random.sample(range(len(parts)), len(parts)):
         places.put(number, parts[number])
     assert (out.tobytes(), places.starts) == (expected, starts)
-    assert all(part.written == [1] for part in parts)
+    assert all(part.written == list(range(groups)) for part in parts)
 
 
 @dataclass(frozen=True)
 class _Lettered(EncodedPart):
-    content: np.ndarray
+    content: list[np.ndarray]
     written: list[int] = field(default_factory=list)
 
-    def write(self, out: np.ndarray) -> None:
-        out[:] = self.content
-        self.written.append(1)
+    def write(self, group: int, out: np.ndarray) -> None:
+        out[:] = self.content[group]
+        self.written.append(group)
+
+
+def lettered(size: int, groups: int, number: int) -> _Lettered:
+    """A part of one block a group, of its own bytes."""
+    sizes = [size + group for group in range(groups)]
+    content = [np.full(length, 16 * group + number % 16, np.uint8) for group, length in enumerate(sizes)]
+    return _Lettered(np.array(sizes, "<u4")[:, None], sizes, content)
