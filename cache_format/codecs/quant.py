@@ -46,6 +46,8 @@ from cache_format.codecs.interface import (
     States,
     TokenTensor,
 )
+from cache_format.codecs.quant_decode import decode, decode_on_device, unpack
+from cache_format.codecs.quant_encode import encoded
 from cache_format.codecs.quant_layers import QuantLayers
 from cache_format.codecs.quant_statistics import Statistics, statistics_for
 from cache_format.codecs.row_runs import row_runs
@@ -166,7 +168,7 @@ class QuantCodec(LayeredBlockCodec):
     ) -> EncodedPart:
         """See the top of the file."""
         blocks = _blocks(len(rows), states.hidden_size)
-        found = [self._layers().encoded(rows[block], energy[block], states.dtype) for block in blocks]
+        found = [encoded(self._layers(), rows[block], energy[block], states.dtype) for block in blocks]
         of_layers = [[block[layer] for block in found] for layer in range(states.layers)]
         sizes = np.array([[sum(piece.nbytes for piece in block) for block in layer] for layer in of_layers], "<u4")
         pieces = [list(chain.from_iterable(layer)) for layer in of_layers]
@@ -196,7 +198,7 @@ class QuantCodec(LayeredBlockCodec):
         """See the top of the file."""
         chosen = self._layers(layers)
         for rows, blocks, count in self._each_block(stored, num_tokens, len(out), chosen):
-            chosen.decode(blocks, count, out[rows], states.dtype)
+            decode(chosen, blocks, count, out[rows], states.dtype)
 
     def unpack_sample(
         self,
@@ -211,7 +213,7 @@ class QuantCodec(LayeredBlockCodec):
         symbols, steps = out["hidden_states"].view(np.int8), out[STEPS].view("<u2")
         places, features = [np.empty(0, np.int64)], [np.empty(0, f"<u{itemsize}")]
         for rows, blocks, count in self._each_block(stored, num_tokens, len(symbols), chosen):
-            for row, column, values in chosen.unpack(blocks, count, symbols[rows], steps[rows], itemsize):
+            for row, column, values in unpack(chosen, blocks, count, symbols[rows], steps[rows], itemsize):
                 at = np.arange(rows.start, rows.stop)[row] * states.width
                 places.append(((at[:, None] if values.ndim == 2 else at) + np.arange(states.width)[column]).reshape(-1))
                 features.append(values.reshape(-1))
@@ -222,9 +224,8 @@ class QuantCodec(LayeredBlockCodec):
         sum, comes before the one to the stored dtype: the same bits on every device that adds as IEEE 754 says.
         """
         symbols, steps = crossed["hidden_states"].view(torch.int8), crossed[STEPS]
-        return self._layers(layers).decode_on_device(
-            symbols, steps, crossed[FILLED], crossed[PLACES], crossed[FEATURES], states.dtype
-        )
+        places, features = crossed[PLACES], crossed[FEATURES]
+        return decode_on_device(self._layers(layers), symbols, steps, crossed[FILLED], places, features, states.dtype)
 
     def _each_block(
         self, stored: np.ndarray, num_tokens: int, wanted: int, layers: QuantLayers
