@@ -217,7 +217,7 @@ class BlockCodec(Codec):
 
     @abstractmethod
     def parts(self, num_tokens: int, states: States) -> list[slice]:
-        """The rows of a sample that are encoded apart, by any threads: at least one part."""
+        """The rows of a sample that are encoded apart, by any threads: at least one part, of whole blocks, in order."""
 
     @abstractmethod
     def encode_part(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,34 +31,47 @@ class Places:
         """Where each sample begins whose place is known, then where the last ends."""
         self._out, self._lock, self._kept = out, threading.Lock(), dict[int, EncodedPart]()
         self._sizes_at = self._at = 0
-        self._order = self._in_order(sizes_bytes, parts, groups)
+        self._order = _in_order(sizes_bytes, parts, groups)
         self._next = next(self._order, None)
 
     def put(self, number: int, part: EncodedPart) -> None:
         """Part ``number``, counted over all samples."""
-        ready = []
         with self._lock:
             self._kept[number] = part
-            while self._next is not None and self._next[0] in self._kept:
-                number, group, is_last = self._next
-                part = self._kept.pop(number) if is_last else self._kept[number]
-                ready.append((part, group, self._sizes_at, self._at))
-                self._sizes_at += part.sizes[group].nbytes
-                self._at += part.num_bytes[group]
-                self._next = next(self._order, None)
-        for part, group, sizes_at, at in ready:
-            write_all(self._out[sizes_at:], [part.sizes[group]])
-            part.write(group, self._out[at : at + part.num_bytes[group]])
+            ready = list(self._placed())
+        for found, group, sizes_at, at in ready:
+            write_all(self._out[sizes_at:], [found.sizes[group]])
+            found.write(group, self._out[at : at + found.num_bytes[group]])
 
-    def _in_order(
-        self, sizes_bytes: Sequence[int], parts: Sequence[int], groups: int
-    ) -> Iterator[tuple[int, int, bool]]:
-        """Part, group, and whether it is the part's last, as they stand; taken further when one has its place."""
-        first = 0
-        for of_sizes, count in zip(sizes_bytes, parts, strict=True):
-            self._sizes_at, self._at = self.starts[-1], self.starts[-1] + of_sizes
-            for group in range(groups):
-                for number in range(first, first + count):
-                    yield number, group, group == groups - 1
-            first += count
-            self.starts.append(self._at)
+    def _placed(self) -> Iterator[tuple[EncodedPart, int, int, int]]:
+        """Parts and groups that have a place by now: where their sizes go, and where their blocks."""
+        while self._next is not None and self._next.part in self._kept:
+            place = self._next
+            if place.sizes_bytes is not None:
+                self._sizes_at, self._at = self.starts[-1], self.starts[-1] + place.sizes_bytes
+            part = self._kept.pop(place.part) if place.is_last_group else self._kept[place.part]
+            yield part, place.group, self._sizes_at, self._at
+            self._sizes_at += part.sizes[place.group].nbytes
+            self._at += part.num_bytes[place.group]
+            if place.ends_sample:
+                self.starts.append(self._at)
+            self._next = next(self._order, None)
+
+
+class _Place(NamedTuple):
+    part: int
+    group: int
+    sizes_bytes: int | None
+    """of the sample that begins here"""
+    is_last_group: bool
+    ends_sample: bool
+
+
+def _in_order(sizes_bytes: Sequence[int], parts: Sequence[int], groups: int) -> Iterator[_Place]:
+    """As they stand."""
+    first = 0
+    for of_sizes, count in zip(sizes_bytes, parts, strict=True):
+        for group, number in product(range(groups), range(count)):
+            begins, is_last = group == number == 0, group == groups - 1
+            yield _Place(first + number, group, of_sizes if begins else None, is_last, is_last and number == count - 1)
+        first += count

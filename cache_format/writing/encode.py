@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Executor, wait
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, wait
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from cache_format.layout.shard_layout import ShardSchema
 from cache_format.writing.shard_buffer import ShardBuffer
 
 _RUN_BYTES = 1 << 20
-"""What one thread encodes at a time, at least. Measured: with less, handing over takes too long; with more, parts wait
-for those before them, and are written when they lie in no cache any more."""
+"""What one thread encodes at a time, at least; parts of long samples are larger. Measured: with less, handing over
+takes too long; with more, parts wait for those before them, and are written when they lie in no cache any more."""
 
 
 def encode_shard(
@@ -100,12 +100,18 @@ def _encode_blocks(
         for run in runs:
             encode(run)
     else:
-        futures = [encoders.submit(encode, run) for run in runs]
-        wait(futures, return_when=FIRST_EXCEPTION)
+        futures: list[Future[None]] = []
+        try:
+            for run in runs:
+                futures.append(encoders.submit(encode, run))
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            for future in futures:
+                future.cancel()
+            # Those that have begun write into this buffer.
+            wait(futures)
+        # Of several errors, that of the first part.
         for future in futures:
-            future.cancel()
-        # Those that have begun write into this buffer.
-        for future in wait(futures).done:
             if not future.cancelled():
                 future.result()
     into.tensor(BLOCK_STARTS).numpy()[:] = places.starts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_quant import like_an_llm
 
-from cache_format.codecs import QuantCodec, States, codec_named
+from cache_format.codecs import QuantCodec, States, ZbitsCodec, codec_named
 from cache_format.codecs.encoded_part import EncodedPart
 from cache_format.codecs.places import Places
 from cache_format.layout.shard_layout import ShardSchema
@@ -39,12 +40,32 @@ def shard(lengths: list[int], codec: str, path, encoders: ThreadPoolExecutor | N
     st.lists(st.integers(1, 90), min_size=1, max_size=30),
     st.sampled_from(["zbits", "quant"]),
     st.sampled_from([1, 700, 20_000, encode._RUN_BYTES]),
+    st.sampled_from([1 << 9, 1 << 17]),
 )
-def test_the_bytes_are_those_of_one_thread(tmp_path_factory, lengths, codec, run_bytes):
+def test_the_bytes_are_those_of_one_thread(tmp_path_factory, lengths, codec, run_bytes, block_elements):
+    """And of samples that are not cut into parts, whose blocks are a few rows or more than they have."""
     folder = tmp_path_factory.mktemp("shard")
-    with patch.object(encode, "_RUN_BYTES", run_bytes), ThreadPoolExecutor(3) as encoders:
+    kind = {"zbits": ZbitsCodec, "quant": QuantCodec}[codec]
+    small_blocks = patch.object(sys.modules[kind.__module__], "BLOCK_ELEMENTS", block_elements)
+    with small_blocks, patch.object(encode, "_RUN_BYTES", run_bytes), ThreadPoolExecutor(3) as encoders:
         expected, into = shard(lengths, codec, folder / "one", None, None)
         assert shard(lengths, codec, folder / "three", encoders, into)[0] == expected
+        with patch.object(kind, "parts", lambda _self, num_tokens, _states: [slice(0, num_tokens)]):
+            assert shard(lengths, codec, folder / "whole", None, None)[0] == expected
+
+
+@pytest.mark.parametrize("codec", [ZbitsCodec(), QuantCodec()], ids=lambda codec: codec.name)
+@pytest.mark.parametrize("width", [1, 100, 4096, 200_000])
+def test_parts_are_all_rows_in_order(codec, width):
+    states = States(torch.bfloat16, 2, width)
+    elements = sys.modules[type(codec).__module__].BLOCK_ELEMENTS
+    rows = max(1, elements // (states.width if codec.name == "zbits" else width))
+    for num_tokens in (0, 1, rows, 16 * rows, 16 * rows + 1, 35 * rows - 1):
+        parts = codec.parts(num_tokens, states)
+        assert [part.start for part in parts] == [0, *[part.stop for part in parts[:-1]]]
+        assert parts[-1].stop == num_tokens
+        assert all(part.start % rows == 0 for part in parts)
+        assert len(parts) > 1 or num_tokens <= 8 * rows
 
 
 @given(st.lists(st.integers(0, 50)), st.integers(1, 100))
@@ -76,6 +97,42 @@ def test_a_sample_that_cannot_be_encoded_is_told_after_all_threads_are_done(tmp_
         assert len(begun) < 42, "the others are not begun any more"
         time.sleep(0.1)
         assert sorted(begun) == sorted([7, *done])
+
+
+def test_of_several_errors_the_first_is_told(tmp_path, monkeypatch):
+    def failing(_self, rows, *_arguments):
+        time.sleep(0.02 if len(rows) == 5 else 0)
+        raise ValueError(f"a sample of {len(rows)}")
+
+    monkeypatch.setattr(QuantCodec, "encode_part", failing)
+    monkeypatch.setattr(encode, "_RUN_BYTES", 1)
+    with ThreadPoolExecutor(3) as encoders, pytest.raises(ValueError, match="a sample of 5"):
+        shard([5, 6, 7], "quant", tmp_path / "shard", encoders, None)
+
+
+def test_a_caller_that_is_interrupted_leaves_no_thread_writing(tmp_path, monkeypatch):
+    running, real = [], QuantCodec.encode_part
+
+    def slow(*arguments):
+        running.append(1)
+        time.sleep(0.05)
+        found = real(*arguments)
+        running.pop()
+        return found
+
+    def interrupted(_futures, return_when):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(QuantCodec, "encode_part", slow)
+    monkeypatch.setattr(encode, "_RUN_BYTES", 1)
+    real_wait = encode.wait
+    monkeypatch.setattr(encode, "wait", lambda futures, **more: (interrupted if more else real_wait)(futures, **more))
+    with ThreadPoolExecutor(3) as encoders:
+        with pytest.raises(KeyboardInterrupt):
+            shard([60] * 40, "quant", tmp_path / "shard", encoders, None)
+        assert not running
+        time.sleep(0.1)
+        assert not running
 
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=4), max_size=6), st.integers(1, 3), st.randoms())
