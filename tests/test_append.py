@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ import torch
 from jobs import contents, on
 
 from cache_format import FeatureCache
-from cache_format.layout.collection import member, write_collection
+from cache_format.layout.collection import member, read_collection, write_collection
 from cache_format.layout.manifest import Manifest
 from extractor.config import ExtractOptions
+from extractor.job.append import add_to_collection
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -57,6 +60,22 @@ def test_new_rows_become_the_cache_that_extract_makes_of_them_and_the_first_is_u
     assert len(whole) == 6 + 5 + 3
     assert torch.equal(whole[6].hidden_states, parts[1][0].hidden_states)
     assert torch.equal(whole[13].input_ids, parts[2][2].input_ids)
+
+
+def test_caches_that_are_added_at_the_same_moment_are_all_listed(first, tmp_path):
+    names = [f"chat-{number}" for number in range(8)]
+    for name in names:
+        shutil.copytree(first, tmp_path / name)
+    gate = threading.Barrier(len(names))
+
+    def add(name: str) -> None:
+        gate.wait()
+        add_to_collection(first, tmp_path / name)
+
+    with ThreadPoolExecutor(len(names)) as threads:
+        list(threads.map(add, names))
+    assert sorted(listed.name for listed in read_collection(tmp_path / "collection.json")) == sorted(["chat", *names])
+    assert not list(tmp_path.glob(".collection*"))
 
 
 @pytest.fixture

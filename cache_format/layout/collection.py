@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 from cache_format.errors import CacheError, InputError, StorageError
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
 from cache_format.storage.commit import committed, write_all
+from cache_format.storage.lock import writing
 from cache_format.storage.paths import inside, open_for_reading
 
 COLLECTION_NAME = "collection.json"
 FORMAT_NAME, FORMAT_VERSION = "dflash-cache-collection", 1
 MAX_BYTES = 16 << 20
+_PATIENCE_SECONDS = 60.0
 _PATHLIKE = {"/", "\\", "\0"}
 
 
@@ -96,6 +99,18 @@ def write_collection(path: Path, members: Sequence[Member]) -> None:
     content = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, "caches": caches}
     with committed(path) as file:
         write_all(file, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[None]:
+    """Keep others from changing a collection.json, waiting for them: what it lists is read, added to, and written.
+
+    Raises:
+        LockedError: another process has held it for a minute.
+        StorageError: the operating system refused.
+    """
+    with writing(path.parent, name=f".{path.name}.lock", patience=_PATIENCE_SECONDS):
+        yield
 
 
 def member(cache: Path, collection: Path) -> Member:

@@ -36,7 +36,12 @@ class LockedError(DFlashCacheError):
 
 @contextmanager
 def writing(
-    cache: Path, job: str | None = None, first: Callable[[], None] = lambda: None
+    cache: Path,
+    job: str | None = None,
+    first: Callable[[], None] = lambda: None,
+    *,
+    name: str = LOCK_NAME,
+    patience: float = _GLIMPSE_SECONDS,
 ) -> Iterator[Callable[[], bool]]:
     """Hold the cache's writer lock, alone or (with ``job``) together with the other workers of that job.
 
@@ -44,14 +49,16 @@ def writing(
     is alone. What this yields says at the end of the work whether this worker is alone (again): to the last of a job it
     says True, and keeps the others out; where it says False this worker holds the lock no more.
 
+    ``name`` is the lock's file in ``cache``; ``patience`` is how many seconds to wait for another holder.
+
     Raises:
         LockedError: held by another process or job; names its host, pid and since when.
-        CacheError: ``.lock`` is not a file of its own, so writing to it could harm another one.
+        CacheError: the lock's file is not a file of its own, so writing to it could harm another one.
         StorageError: the operating system refused.
     """
-    path = cache / LOCK_NAME
+    path = cache / name
     try:
-        fd = _acquire(path, job, first)
+        fd = _acquire(path, job, first, patience)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise CacheError(path, "is a symbolic link, which could lead anywhere; remove it") from None
@@ -80,7 +87,7 @@ def is_written(cache: Path) -> bool:
         os.close(fd)
 
 
-def _acquire(path: Path, job: str | None, first: Callable[[], None]) -> int:
+def _acquire(path: Path, job: str | None, first: Callable[[], None], patience: float) -> int:
     since, waited_for_own = time.monotonic(), False
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -97,8 +104,8 @@ def _acquire(path: Path, job: str | None, first: Callable[[], None]) -> int:
         if own != waited_for_own:
             since, waited_for_own = time.monotonic(), own
         waited = time.monotonic() - since
-        named = bool(holder) and not own and not gone and waited > _GLIMPSE_SECONDS
-        if named or waited > (_OWN_JOB_SECONDS if own else _UNKNOWN_SECONDS):
+        named = bool(holder) and not own and not gone and waited > patience
+        if named or waited > (_OWN_JOB_SECONDS if own else max(_UNKNOWN_SECONDS, patience)):
             break
         time.sleep(_PAUSE_SECONDS)
     raise LockedError(

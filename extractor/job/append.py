@@ -14,6 +14,7 @@ from cache_format.layout.captures import Captures
 from cache_format.layout.collection import (
     COLLECTION_NAME,
     Member,
+    changing,
     collection_at,
     member,
     read_collection,
@@ -118,9 +119,9 @@ def add_to_collection(first: Path, out: Path) -> Path:
         CacheError, StorageError: it is damaged, or cannot be written.
     """
     path = first.parent / COLLECTION_NAME
-    members = _with(path, first)
-    others = [listed for listed in members if listed.name != out.name]
-    write_collection(path, [*others, member(out, path)])
+    with changing(path):
+        others = [listed for listed in _with(path, first) if listed.name != out.name]
+        write_collection(path, [*others, member(out, path)])
     return path
 
 
