@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, wait
 
 import numpy as np
@@ -100,24 +100,28 @@ def _encode_blocks(
         for run in runs:
             encode(run)
     else:
-        futures: list[Future[None]] = []
-        try:
-            for run in runs:
-                futures.append(encoders.submit(encode, run))
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            for future in futures:
-                future.cancel()
-            # Those that have begun write into this buffer.
-            wait(futures)
-        # Of several errors, that of the first part.
-        for future in futures:
-            if not future.cancelled():
-                future.result()
+        _side_by_side(encode, runs, encoders)
     into.tensor(BLOCK_STARTS).numpy()[:] = places.starts
     if not codec.lossless:
         into.put_energy(torch.from_numpy(energies))
     into.end_blocks(places.starts[-1])
+
+
+def _side_by_side(encode: Callable[[range], None], runs: Sequence[range], encoders: Executor) -> None:
+    """Each run by one of the threads; none of them is at work any more when this returns, or raises."""
+    futures: list[Future[None]] = []
+    try:
+        for run in runs:
+            futures.append(encoders.submit(encode, run))
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+    # Of several errors, that of the first part.
+    for future in futures:
+        if not future.cancelled():
+            future.result()
 
 
 def _runs(num_bytes: Sequence[int]) -> list[range]:
