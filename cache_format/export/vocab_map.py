@@ -15,6 +15,9 @@ import torch
 from cache_format.errors import InputError
 from cache_format.export.interface import write_torch
 from cache_format.storage.commit import committed, make_folder
+from cache_format.storage.lock import writing
+
+_PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,14 @@ def write_vocab_map(folder: Path, found: VocabMap) -> list[Path]:
     """
     make_folder(folder)
     paths = [folder / name for name in ("d2t.npy", "t2d.npy", "vocab_mapping.pt", "selected_token_ids.pt")]
-    for path, array in zip(paths, (found.d2t, found.t2d), strict=False):
-        with committed(path) as file:
-            np.save(file, array)
     d2t, t2d, tokens = (torch.from_numpy(array) for array in (found.d2t, found.t2d, found.tokens))
-    with committed(paths[2]) as file:
-        write_torch(file, {"d2t": d2t, "t2d": t2d})
-    with committed(paths[3]) as file:
-        write_torch(file, {"selected_token_ids": tokens, "target_vocab_size": len(t2d)})
+    # All of one size: another one may write there at the same moment.
+    with writing(folder, name=".vocab-map.lock", patience=_PATIENCE_SECONDS):
+        for path, array in zip(paths, (found.d2t, found.t2d), strict=False):
+            with committed(path) as file:
+                np.save(file, array)
+        with committed(paths[2]) as file:
+            write_torch(file, {"d2t": d2t, "t2d": t2d})
+        with committed(paths[3]) as file:
+            write_torch(file, {"selected_token_ids": tokens, "target_vocab_size": len(t2d)})
     return paths

@@ -5,7 +5,9 @@ A turn is a shard of an epoch: turn t is shard t % shards of epoch t // shards.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from contextlib import suppress
@@ -21,6 +23,8 @@ FOLDER = "follow"
 _WRITER = f"{FOLDER}/writer.json"
 _READER = re.compile(r"reader-([0-9]{1,6})-of-([0-9]{1,6})\.json")
 _MAX_BYTES, _MAX_TURN = 4096, 1 << 60
+_TRIES = 10
+"""To make or remove what another process removes or makes at the same moment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +63,15 @@ def forget_window(cache: Path) -> None:
         CacheError, StorageError: the folder leads elsewhere, or cannot be removed.
     """
     folder = inside(cache, FOLDER)
-    try:
-        if folder.is_dir():
-            shutil.rmtree(folder)
-    except OSError as error:
-        raise StorageError(folder, "remove", error) from error
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            if folder.is_dir():
+                shutil.rmtree(folder)
+            return
+        except OSError as error:
+            # A reader may write its word meanwhile.
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or not tries_left:
+                raise StorageError(folder, "remove", error) from error
 
 
 def write_done(cache: Path, rank: int, world_size: int, done: int) -> None:
@@ -82,11 +90,12 @@ def read_done(cache: Path) -> int:
         CacheError: a file is damaged.
     """
     spoke: dict[int, dict[int, int]] = {}
-    for path in (cache / FOLDER).glob("reader-*-of-*.json"):
-        match = _READER.fullmatch(path.name)
+    names: list[str] = []
+    with suppress(FileNotFoundError, NotADirectoryError):
+        names = os.listdir(cache / FOLDER)
+    for match in filter(None, map(_READER.fullmatch, names)):
         with suppress(FileNotFoundError):
-            if match:
-                spoke.setdefault(int(match[2]), {})[int(match[1])] = path.stat().st_mtime_ns
+            spoke.setdefault(int(match[2]), {})[int(match[1])] = (cache / FOLDER / match[0]).stat().st_mtime_ns
     if not spoke:
         return 0
     world = max(spoke, key=lambda size: max(spoke[size].values()))
@@ -98,18 +107,25 @@ def read_done(cache: Path) -> int:
 
 def _write(cache: Path, name: str, content: dict[str, Any]) -> None:
     path = inside(cache, name)
-    make_folder(path.parent)
-    with committed(path) as file:
-        write_all(file, json.dumps(content).encode())
+    for tries_left in reversed(range(_TRIES)):
+        make_folder(path.parent)
+        try:
+            with committed(path) as file:
+                write_all(file, json.dumps(content).encode())
+        except StorageError as error:
+            # Another one may have forgotten the window, and its folder with it.
+            if not isinstance(error.__cause__, FileNotFoundError) or not tries_left:
+                raise
+        else:
+            return
 
 
 def _read(cache: Path, name: str, fields: tuple[str, ...]) -> dict[str, int] | None:
     path = inside(cache, name)
-    if not path.exists():
-        return None
     try:
-        with open(open_for_reading(path), "rb") as file:
-            text = file.read(_MAX_BYTES + 1)
+        text = _text(path)
+        if text is None:
+            return None
         content = json.loads(text)
         numbers = [content[field] for field in fields]
     except OSError as error:
@@ -119,3 +135,18 @@ def _read(cache: Path, name: str, fields: tuple[str, ...]) -> dict[str, int] | N
     if not numbers or any(type(number) is not int or not 0 <= number < _MAX_TURN for number in numbers):
         raise CacheError(path, "is damaged; remove it, its writer or reader writes it again")
     return dict(zip(fields, numbers, strict=True))
+
+
+def _text(path: Path) -> bytes | None:
+    """None: there is no such file."""
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            with open(open_for_reading(path), "rb") as file:
+                return file.read(_MAX_BYTES + 1)
+        except CacheError:
+            if not os.path.lexists(path):
+                return None
+            # It may have come since; one that is no file stays.
+            if not tries_left:
+                raise
+    return None

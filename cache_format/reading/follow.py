@@ -68,7 +68,13 @@ class FollowedCache(Generic[Cache]):
         patience = _Patience(self)
         while True:
             if (self.path / MANIFEST_NAME).exists():
-                manifest = Manifest.read(self.path)
+                try:
+                    manifest = Manifest.read(self.path)
+                except CacheError:
+                    # Its writer may have taken it back since.
+                    if (self.path / MANIFEST_NAME).exists():
+                        raise
+                    continue
                 if manifest.totals is not None:
                     check_expected(self.where, manifest, self._options["expect"])
                     return manifest

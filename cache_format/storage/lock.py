@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_format.errors import CacheError, DFlashCacheError, StorageError
+from cache_format.storage.commit import make_folder
 
 LOCK_NAME = ".lock"
 
@@ -42,6 +43,7 @@ def writing(
     *,
     name: str = LOCK_NAME,
     patience: float = _GLIMPSE_SECONDS,
+    make: bool = False,
 ) -> Iterator[Callable[[], bool]]:
     """Hold the cache's writer lock, alone or (with ``job``) together with the other workers of that job.
 
@@ -49,7 +51,8 @@ def writing(
     is alone. What this yields says at the end of the work whether this worker is alone (again): to the last of a job it
     says True, and keeps the others out; where it says False this worker holds the lock no more.
 
-    ``name`` is the lock's file in ``cache``; ``patience`` is how many seconds to wait for another holder.
+    ``name`` is the lock's file in ``cache``; ``patience`` is how many seconds to wait for another holder. With ``make``
+    the folder is made where it is not there, or not there any more: holders of such a lock may remove it.
 
     Raises:
         LockedError: held by another process or job; names its host, pid and since when.
@@ -58,7 +61,7 @@ def writing(
     """
     path = cache / name
     try:
-        fd = _acquire(path, job, first, patience)
+        fd = _acquire(path, job, first, patience, make)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise CacheError(path, "is a symbolic link, which could lead anywhere; remove it") from None
@@ -87,16 +90,17 @@ def is_written(cache: Path) -> bool:
         os.close(fd)
 
 
-def _acquire(path: Path, job: str | None, first: Callable[[], None], patience: float) -> int:
+def _acquire(path: Path, job: str | None, first: Callable[[], None], patience: float, make: bool) -> int:
     since, waited_for_own = time.monotonic(), False
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        fd = _opened(path, make)
+        if fd is None:
+            continue
         try:
-            _require_own_file(path, fd)
             if _take(path, fd, job, first):
                 return fd
         except BaseException:
-            os.close(fd)
+            _release(path, fd)
             raise
         holder, gone = _holder(fd), not _is_current(path, fd)
         os.close(fd)
@@ -111,6 +115,24 @@ def _acquire(path: Path, job: str | None, first: Callable[[], None], patience: f
     raise LockedError(
         f"{path.parent}: {describe_holder(holder)} is writing this cache. Wait, or stop it; its lock goes too."
     )
+
+
+def _opened(path: Path, make: bool) -> int | None:
+    """The lock's file; None where its folder is gone and may be made once more."""
+    try:
+        if make:
+            make_folder(path.parent)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except (FileNotFoundError, StorageError) as error:
+        if make and FileNotFoundError in (type(error), type(error.__cause__)):
+            return None
+        raise
+    try:
+        _require_own_file(path, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _require_own_file(path: Path, fd: int) -> None:

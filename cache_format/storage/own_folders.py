@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from cache_format.errors import InputError, StorageError
@@ -53,3 +55,13 @@ def begin_folders(root: Path, names: Iterable[str]) -> None:
     for path in (root, *[inside(root, name) for name in dict.fromkeys(names)]):
         make_folder(path)
         remove_temporaries(path)
+
+
+def empty_but_for_lock(folder: Path) -> None:
+    """Remove all that lies in ``folder`` but its lock, which whoever holds it gives back last; what resists stays."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK_NAME:
+            with suppress(OSError):
+                path.unlink()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from cache_format.layout.manifest import CommandLine, Manifest, require_same_identity
 from cache_format.layout.shard_layout import shard_name
 from cache_format.reading.feature_cache import FeatureCache, only_cache
-from cache_format.storage.commit import make_folder
 from cache_format.storage.lease import leased
 from cache_format.storage.lock import writing
+from cache_format.storage.own_folders import empty_but_for_lock
 from cache_format.storage.store import Store
 from cache_format.upkeep.recode import (
     RecodeReport,
@@ -46,8 +46,7 @@ def recode_to_store(
     manifest = recoded_manifest(source.manifest, chosen_codec(source, codec_name), command)
     upload = Upload(Store(url), scratch)
     _check_place(upload, manifest)
-    make_folder(scratch)
-    with writing(scratch), leased(upload.store, tell) as allowed:
+    with writing(scratch, make=True), leased(upload.store, tell) as allowed:
         upload.require(allowed)
         # Once more: another recode may have come first.
         _check_place(upload, manifest)
@@ -66,7 +65,9 @@ def recode_to_store(
         maker.make_all(missing, threads, lambda number: progress(before[number]))
         there = upload.manifest()
         sealed = there if there is not None and there.state == "complete" else upload.seal(manifest)
-    shutil.rmtree(scratch, ignore_errors=True)
+        empty_but_for_lock(scratch)
+    with suppress(OSError):
+        scratch.rmdir()
     return report(upload.store.url, sealed, len(missing), before, [upload.shards[number] for number in numbers])
 
 

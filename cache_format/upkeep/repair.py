@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -41,6 +42,8 @@ class RepairPlan:
     """files below the cache that go to quarantine/"""
     state: str = ""
     """of the manifest afterwards: complete (tables rebuilt), extracting, preparing; '' where there will be none"""
+    seen: dict[str, str] = field(default_factory=dict)
+    """stamps of the manifest and of what is set aside; '' where there was no such file"""
 
     @property
     def needs_extract(self) -> bool:
@@ -48,13 +51,37 @@ class RepairPlan:
         return self.state != "complete"
 
 
-def plan_repair(cache: Path | str, problems: Iterable[Problem]) -> RepairPlan:
+def file_stamps(cache: Path | str) -> dict[str, str]:
+    """Of each file of a cache, what changes when it is written anew.
+
+    Raises:
+        StorageError, StoreError: the operating system or the store refused.
+    """
+    if isinstance(cache, str) and is_url(cache):
+        return Store(cache).stamps()
+    found: dict[str, str] = {}
+    for below in ("", "samples/", "shards/", "target/"):
+        folder = Path(cache) / below
+        if folder.is_dir() and not (below and folder.is_symlink()):
+            try:
+                for entry in os.scandir(folder):
+                    with suppress(FileNotFoundError):
+                        status = entry.stat(follow_symlinks=False)
+                        found[below + entry.name] = f"{status.st_size}-{status.st_mtime_ns}"
+            except OSError as error:
+                raise StorageError(folder, "list", error) from error
+    return found
+
+
+def plan_repair(cache: Path | str, problems: Iterable[Problem], stamps: Mapping[str, str] | None = None) -> RepairPlan:
     """What mends ``problems``, as :func:`cache_format.upkeep.verify.verify` (not the quick one) found them.
+
+    ``stamps`` are the files' before that was begun (:func:`file_stamps`); None: those of now.
 
     Raises:
         InputError: it is no cache, nor what is left of one.
     """
-    problems = list(problems)
+    problems, stamps = list(problems), file_stamps(cache) if stamps is None else stamps
     named = {problem.file for problem in problems}
     folder = open_folder(cache)
     tables = [name for name in sorted(_TABLES) if _is_there(folder, name)]
@@ -63,7 +90,7 @@ def plan_repair(cache: Path | str, problems: Iterable[Problem]) -> RepairPlan:
         manifest = Manifest.read(folder.path)
     except CacheError:
         _require_remains(folder)
-        return RepairPlan(set_aside=[*tables, MANIFEST_NAME])
+        return _seen(RepairPlan(set_aside=[*tables, MANIFEST_NAME]), stamps)
     lost_shards = any(problem.file.startswith("shards/") and problem.shard is not None for problem in problems)
     unprepared = any(name.startswith(("samples", "target/")) for name in named)
     state = manifest.state
@@ -75,7 +102,27 @@ def plan_repair(cache: Path | str, problems: Iterable[Problem]) -> RepairPlan:
     if "samples" in named:
         aside |= {f"samples/{name}" for name in folder.names("samples") if name.endswith(".arrow")}
     aside |= named.intersection(tables) if state == "complete" else set(tables)
-    return RepairPlan(set_aside=sorted({entry for name in aside if (entry := _own_entry(folder, name))}), state=state)
+    entries = sorted({entry for name in aside if (entry := _own_entry(folder, name))})
+    return _seen(RepairPlan(set_aside=entries, state=state), stamps)
+
+
+def _seen(plan: RepairPlan, stamps: Mapping[str, str]) -> RepairPlan:
+    return replace(plan, seen={name: stamps.get(name, "") for name in (MANIFEST_NAME, *plan.set_aside)})
+
+
+def _require_as_seen(cache: Path | str, plan: RepairPlan) -> None:
+    """Whether the plan is still one for what is there: its cache was verified for hours, or somebody was asked.
+
+    Raises:
+        InputError: a file was written or moved since.
+    """
+    now = file_stamps(cache)
+    changed = sorted(name for name, stamp in plan.seen.items() if now.get(name, "") != stamp)
+    if changed:
+        raise InputError(
+            f"{cache}: {changed[0]} changed while this repair looked at the cache, or waited for an answer (another "
+            "repair? its extract?); nothing was touched. Run repair again"
+        )
 
 
 def _require_remains(folder: Folder) -> None:
@@ -133,6 +180,7 @@ def repair(cache: Path | str, plan: RepairPlan) -> None:
 
     Raises:
         CacheError: quarantine/ leads out of the cache.
+        InputError: what was planned for has changed since; nothing was touched.
         LockedError: the cache is being written.
         StorageError: the operating system refused.
     """
@@ -141,6 +189,7 @@ def repair(cache: Path | str, plan: RepairPlan) -> None:
         return
     cache = Path(cache)
     with writing(cache):
+        _require_as_seen(cache, plan)
         for name in plan.set_aside:
             _set_aside(cache, name)
         if not plan.state:
@@ -155,6 +204,7 @@ def repair(cache: Path | str, plan: RepairPlan) -> None:
 def _repair_at(store: Store, plan: RepairPlan) -> None:
     """:func:`repair` at a URL: files are copied to quarantine/, then removed."""
     with leased(store), tempfile.TemporaryDirectory(prefix="dflash-cache-") as scratch:
+        _require_as_seen(store.url, plan)
         there = set(store.list())
         for name in plan.set_aside:
             aside = f"{QUARANTINE_NAME}/{name.replace('/', '--')}"

@@ -30,16 +30,18 @@ def repair(
 
     Example: dflash-cache repair /data/cache --dry-run
     """
-    from cache_format.upkeep.repair import command_of, plan_repair
+    from cache_format.upkeep.repair import command_of, file_stamps, plan_repair
     from cache_format.upkeep.repair import repair as run_repair
     from cache_format.upkeep.verify import verify as run_verify
 
     with or_could_not_run():
+        stamps = file_stamps(cache)
         with Reporter("verify", None, "bytes") as reporter:
             report = run_verify(cache, progress=lambda done, total: reporter.update(done))
-        plan, again = plan_repair(cache, report.problems), command_of(cache)
+        plan, again = plan_repair(cache, report.problems, stamps), command_of(cache)
     if as_json:
-        show(json.dumps({**asdict(report), "plan": asdict(plan), "dry_run": dry_run}))
+        planned = {"set_aside": plan.set_aside, "state": plan.state}
+        show(json.dumps({**asdict(report), "plan": planned, "dry_run": dry_run}))
     else:
         for problem in report.problems:
             show(problem)

@@ -51,9 +51,14 @@ class FolderDestination(Destination):
     def held(self) -> Iterator[None]:
         """See :class:`Destination`."""
         make_folder(self.folder)
-        with writing(self.folder, self._job, first=lambda: clear(self.folder)) as alone:
+        with writing(self.folder, self._job, first=self._clear) as alone:
             self._alone = alone
             yield
+
+    def _clear(self) -> None:
+        # Once more: another command may have come first.
+        self.refuse_foreign()
+        clear(self.folder)
 
     def alone(self) -> bool:
         """See :class:`Destination`."""

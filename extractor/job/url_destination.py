@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,9 @@ from cache_format.errors import CacheError
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
 from cache_format.layout.samples import part_path
 from cache_format.layout.shard_layout import ShardSchema, shard_name
-from cache_format.storage.commit import make_folder
 from cache_format.storage.lease import leased
 from cache_format.storage.lock import writing
+from cache_format.storage.own_folders import empty_but_for_lock
 from cache_format.storage.store import Store
 from cache_format.writing.upload import Upload
 from extractor.job.destination import Destination
@@ -48,11 +47,14 @@ class UrlDestination(Destination):
     @contextmanager
     def held(self) -> Iterator[None]:
         """See :class:`Destination`: the scratch folder is locked and, by the worker that leads, the cache leased."""
-        make_folder(self.folder)
         lease = leased(self.upload.store, say) if self._leads else nullcontext(lambda: None)
-        with writing(self.folder, first=self.clear), lease as allowed:
+        with writing(self.folder, first=self.clear, make=True), lease as allowed:
             self.upload.require(allowed)
             yield
+        # Where nothing is left in them; the other is that of all workers.
+        with suppress(OSError):
+            self.folder.rmdir()
+            self.folder.parent.rmdir()
 
     def clear(self) -> None:
         """Make the folders in the scratch folder, and remove what killed processes left there."""
@@ -140,4 +142,4 @@ class UrlDestination(Destination):
     def close(self, complete: bool) -> None:
         """See :class:`Destination`: the scratch folder is of no more use once the cache is complete."""
         if complete:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            empty_but_for_lock(self.folder)
