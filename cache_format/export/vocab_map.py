@@ -15,9 +15,7 @@ import torch
 from cache_format.errors import InputError
 from cache_format.export.interface import write_torch
 from cache_format.storage.commit import committed, make_folder
-from cache_format.storage.lock import writing
-
-_PATIENCE_SECONDS = 60.0
+from cache_format.storage.lock import in_turn
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def write_vocab_map(folder: Path, found: VocabMap) -> list[Path]:
     paths = [folder / name for name in ("d2t.npy", "t2d.npy", "vocab_mapping.pt", "selected_token_ids.pt")]
     d2t, t2d, tokens = (torch.from_numpy(array) for array in (found.d2t, found.t2d, found.tokens))
     # All of one size: another one may write there at the same moment.
-    with writing(folder, name=".vocab-map.lock", patience=_PATIENCE_SECONDS):
+    with in_turn(folder, ".vocab-map.lock"):
         for path, array in zip(paths, (found.d2t, found.t2d), strict=False):
             with committed(path) as file:
                 np.save(file, array)

@@ -14,13 +14,12 @@ from typing import Any
 from cache_format.errors import CacheError, InputError, StorageError
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
 from cache_format.storage.commit import committed, write_all
-from cache_format.storage.lock import writing
+from cache_format.storage.lock import in_turn
 from cache_format.storage.paths import inside, open_for_reading
 
 COLLECTION_NAME = "collection.json"
 FORMAT_NAME, FORMAT_VERSION = "dflash-cache-collection", 1
 MAX_BYTES = 16 << 20
-_PATIENCE_SECONDS = 60.0
 _PATHLIKE = {"/", "\\", "\0"}
 
 
@@ -109,7 +108,7 @@ def changing(path: Path) -> Iterator[None]:
         LockedError: another process has held it for a minute.
         StorageError: the operating system refused.
     """
-    with writing(path.parent, name=f".{path.name}.lock", patience=_PATIENCE_SECONDS):
+    with in_turn(path.parent, f".{path.name}.lock"):
         yield
 
 

@@ -265,6 +265,17 @@ class Manifest:
             write_all(file, self.to_bytes())
 
     @staticmethod
+    def find(cache: Path) -> Manifest | None:
+        """:meth:`read`; None where there is none, or none any more: a job may take back what it began."""
+        path = cache / MANIFEST_NAME
+        try:
+            return Manifest.read(cache) if path.exists() else None
+        except CacheError:
+            if path.exists():
+                raise
+            return None
+
+    @staticmethod
     def read(cache: Path) -> Manifest:
         """Read and check manifest.json of folder ``cache``.
 

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from cache_format.errors import CacheError, InputError, MismatchError, WriterStoppedError
 from cache_format.layout.follow_files import read_window, write_done
-from cache_format.layout.manifest import MANIFEST_NAME, Manifest
+from cache_format.layout.manifest import Manifest
 from cache_format.layout.shard_layout import shard_name
 from cache_format.reading.batch_source import BatchSource
 from cache_format.reading.expect import check_expected
@@ -67,17 +67,10 @@ class FollowedCache(Generic[Cache]):
         """
         patience = _Patience(self)
         while True:
-            if (self.path / MANIFEST_NAME).exists():
-                try:
-                    manifest = Manifest.read(self.path)
-                except CacheError:
-                    # Its writer may have taken it back since.
-                    if (self.path / MANIFEST_NAME).exists():
-                        raise
-                    continue
-                if manifest.totals is not None:
-                    check_expected(self.where, manifest, self._options["expect"])
-                    return manifest
+            manifest = Manifest.find(self.path)
+            if manifest is not None and manifest.totals is not None:
+                check_expected(self.where, manifest, self._options["expect"])
+                return manifest
             patience.wait("there is no planned cache yet")
 
     @cached_property

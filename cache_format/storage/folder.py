@@ -61,6 +61,13 @@ class Folder(Protocol):
             CacheError: it is missing.
         """
 
+    def stamps(self) -> dict[str, str]:
+        """Of each file as it is now, of links themselves: what changes whenever it is written anew.
+
+        Raises:
+            StorageError, StoreError: the operating system or the store refused.
+        """
+
     def local(self, name: str) -> Path:
         """A local file with that content.
 
@@ -109,6 +116,10 @@ def shard_bytes(place: str | os.PathLike[str]) -> int:
     return total
 
 
+def _stamp(found: os.stat_result) -> str:
+    return f"{found.st_size}-{found.st_mtime_ns}"
+
+
 class LocalFolder:
     """A :class:`Folder` on a disk."""
 
@@ -136,7 +147,22 @@ class LocalFolder:
             found = path.stat()
         except OSError as error:
             raise StorageError(path, "look at", error) from error
-        return f"{found.st_size}-{found.st_mtime_ns}"
+        return _stamp(found)
+
+    def stamps(self) -> dict[str, str]:
+        """See :class:`Folder`; of the files of the cache and of the folders in it."""
+        found: dict[str, str] = {}
+        for below in ("", "samples/", "shards/", "target/"):
+            folder = self.path / below
+            if not folder.is_dir() or (below and folder.is_symlink()):
+                continue
+            try:
+                for entry in os.scandir(folder):
+                    with suppress(FileNotFoundError):
+                        found[below + entry.name] = _stamp(entry.stat(follow_symlinks=False))
+            except OSError as error:
+                raise StorageError(folder, "list", error) from error
+        return found
 
     def local(self, name: str) -> Path:
         """See :class:`Folder`."""
@@ -217,6 +243,10 @@ class StoreFolder:
         if name not in self._stamps:
             raise CacheError(self.store.at(name), "is missing")
         return self._stamps[name]
+
+    def stamps(self) -> dict[str, str]:
+        """See :class:`Folder`; a listing for each call."""
+        return self.store.stamps()
 
     def local(self, name: str) -> Path:
         """See :class:`Folder`."""

@@ -14,7 +14,7 @@ import socket
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ LOCK_NAME = ".lock"
 
 _GLIMPSE_SECONDS = 0.2
 """How long to doubt a holder: :func:`is_written` takes the lock for a moment, and the file may name a dead process."""
+
+_TURN_SECONDS = 60.0
+"""How long to wait for one that holds a lock for as long as a few small files take to write."""
 
 _PAUSE_SECONDS, _UNKNOWN_SECONDS, _OWN_JOB_SECONDS = 0.05, 2.5, 60.0
 """How long to wait for a holder that has not said yet who it is, and for one of the same job to go from holding the
@@ -52,7 +55,7 @@ def writing(
     says True, and keeps the others out; where it says False this worker holds the lock no more.
 
     ``name`` is the lock's file in ``cache``; ``patience`` is how many seconds to wait for another holder. With ``make``
-    the folder is made where it is not there, or not there any more: holders of such a lock may remove it.
+    the folder is made where it is not there (any more), and removed at the end if it is empty.
 
     Raises:
         LockedError: held by another process or job; names its host, pid and since when.
@@ -70,6 +73,20 @@ def writing(
         yield lambda: _flock(fd, fcntl.LOCK_EX)
     finally:
         _release(path, fd)
+        if make:
+            with suppress(OSError):
+                cache.rmdir()
+
+
+@contextmanager
+def in_turn(folder: Path, name: str) -> Iterator[None]:
+    """Keep others out while files of ``folder`` are changed together; they wait up to a minute. ``name``: of the lock.
+
+    Raises:
+        LockedError, CacheError, StorageError: as for :func:`writing`.
+    """
+    with writing(folder, name=name, patience=_TURN_SECONDS):
+        yield
 
 
 def is_written(cache: Path) -> bool:

@@ -216,8 +216,8 @@ def _check_out(source: OpenCache, out: Path, manifest: Manifest) -> None:
     if out.resolve().is_relative_to(source.path.resolve()) or source.path.resolve().is_relative_to(out.resolve()):
         raise InputError(f"{out}: choose an OUT beside the cache, not inside it or around it")
     refuse_foreign(out, "a cache", MANIFEST_NAME, {"shards", *(name.split("/")[0] for name in manifest.files)})
-    if (out / MANIFEST_NAME).exists():
-        stored = Manifest.read(out)
+    stored = Manifest.find(out)
+    if stored is not None:
         require_same_identity(out, stored.identity, manifest.identity)
         if stored.state == "preparing":
             raise InputError(f"{out}: an extract command has begun it; finish it with that, or choose another OUT")

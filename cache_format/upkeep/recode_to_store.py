@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from cache_format.layout.manifest import CommandLine, Manifest, require_same_identity
@@ -66,8 +65,6 @@ def recode_to_store(
         there = upload.manifest()
         sealed = there if there is not None and there.state == "complete" else upload.seal(manifest)
         empty_but_for_lock(scratch)
-    with suppress(OSError):
-        scratch.rmdir()
     return report(upload.store.url, sealed, len(missing), before, [upload.shards[number] for number in numbers])
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -51,39 +50,18 @@ class RepairPlan:
         return self.state != "complete"
 
 
-def file_stamps(cache: Path | str) -> dict[str, str]:
-    """Of each file of a cache, what changes when it is written anew.
-
-    Raises:
-        StorageError, StoreError: the operating system or the store refused.
-    """
-    if isinstance(cache, str) and is_url(cache):
-        return Store(cache).stamps()
-    found: dict[str, str] = {}
-    for below in ("", "samples/", "shards/", "target/"):
-        folder = Path(cache) / below
-        if folder.is_dir() and not (below and folder.is_symlink()):
-            try:
-                for entry in os.scandir(folder):
-                    with suppress(FileNotFoundError):
-                        status = entry.stat(follow_symlinks=False)
-                        found[below + entry.name] = f"{status.st_size}-{status.st_mtime_ns}"
-            except OSError as error:
-                raise StorageError(folder, "list", error) from error
-    return found
-
-
 def plan_repair(cache: Path | str, problems: Iterable[Problem], stamps: Mapping[str, str] | None = None) -> RepairPlan:
     """What mends ``problems``, as :func:`cache_format.upkeep.verify.verify` (not the quick one) found them.
 
-    ``stamps`` are the files' before that was begun (:func:`file_stamps`); None: those of now.
+    ``stamps`` are those of the cache's folder before that was begun; None: those of now.
 
     Raises:
         InputError: it is no cache, nor what is left of one.
     """
-    problems, stamps = list(problems), file_stamps(cache) if stamps is None else stamps
+    problems = list(problems)
     named = {problem.file for problem in problems}
     folder = open_folder(cache)
+    stamps = folder.stamps() if stamps is None else stamps
     tables = [name for name in sorted(_TABLES) if _is_there(folder, name)]
     try:
         folder.local(MANIFEST_NAME)
@@ -110,19 +88,20 @@ def _seen(plan: RepairPlan, stamps: Mapping[str, str]) -> RepairPlan:
     return replace(plan, seen={name: stamps.get(name, "") for name in (MANIFEST_NAME, *plan.set_aside)})
 
 
-def _require_as_seen(cache: Path | str, plan: RepairPlan) -> None:
-    """Whether the plan is still one for what is there: its cache was verified for hours, or somebody was asked.
+def _seen_again(folder: Folder, plan: RepairPlan) -> dict[str, str]:
+    """The stamps of now, if the plan is still one for what is there: a cache is verified for hours, or somebody asked.
 
     Raises:
         InputError: a file was written or moved since.
     """
-    now = file_stamps(cache)
+    now = folder.stamps()
     changed = sorted(name for name, stamp in plan.seen.items() if now.get(name, "") != stamp)
     if changed:
         raise InputError(
-            f"{cache}: {changed[0]} changed while this repair looked at the cache, or waited for an answer (another "
-            "repair? its extract?); nothing was touched. Run repair again"
+            f"{folder.where}: {changed[0]} changed while this repair looked at the cache, or waited for an answer "
+            "(another repair? its extract?); nothing was touched. Run repair again"
         )
+    return now
 
 
 def _require_remains(folder: Folder) -> None:
@@ -189,7 +168,7 @@ def repair(cache: Path | str, plan: RepairPlan) -> None:
         return
     cache = Path(cache)
     with writing(cache):
-        _require_as_seen(cache, plan)
+        _seen_again(open_folder(cache), plan)
         for name in plan.set_aside:
             _set_aside(cache, name)
         if not plan.state:
@@ -204,8 +183,7 @@ def repair(cache: Path | str, plan: RepairPlan) -> None:
 def _repair_at(store: Store, plan: RepairPlan) -> None:
     """:func:`repair` at a URL: files are copied to quarantine/, then removed."""
     with leased(store), tempfile.TemporaryDirectory(prefix="dflash-cache-") as scratch:
-        _require_as_seen(store.url, plan)
-        there = set(store.list())
+        there = set(_seen_again(StoreFolder(store), plan))
         for name in plan.set_aside:
             aside = f"{QUARANTINE_NAME}/{name.replace('/', '--')}"
             tries = (f"{aside}.{n}" if n else aside for n in count())

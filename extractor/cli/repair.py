@@ -30,12 +30,13 @@ def repair(
 
     Example: dflash-cache repair /data/cache --dry-run
     """
-    from cache_format.upkeep.repair import command_of, file_stamps, plan_repair
+    from cache_format.storage.folder import open_folder
+    from cache_format.upkeep.repair import command_of, plan_repair
     from cache_format.upkeep.repair import repair as run_repair
     from cache_format.upkeep.verify import verify as run_verify
 
     with or_could_not_run():
-        stamps = file_stamps(cache)
+        stamps = open_folder(cache).stamps()
         with Reporter("verify", None, "bytes") as reporter:
             report = run_verify(cache, progress=lambda done, total: reporter.update(done))
         plan, again = plan_repair(cache, report.problems, stamps), command_of(cache)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from cache_format.errors import CacheError
 from cache_format.layout.manifest import MANIFEST_NAME, Manifest
 from cache_format.layout.shard_layout import ShardSchema, shard_name
 from cache_format.storage.commit import make_folder
@@ -39,13 +38,7 @@ class FolderDestination(Destination):
 
     def manifest(self) -> Manifest | None:
         """See :class:`Destination`."""
-        path = self.folder / MANIFEST_NAME
-        try:
-            return Manifest.read(self.folder) if path.exists() else None
-        except CacheError:
-            if path.exists():
-                raise
-            return None  # taken back in between
+        return Manifest.find(self.folder)
 
     @contextmanager
     def held(self) -> Iterator[None]:

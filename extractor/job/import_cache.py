@@ -100,6 +100,8 @@ def import_cache(options: ImportOptions) -> ImportReport:
         StorageError: the operating system refused; finished shards stay.
     """
     _require_apart(options.out, options.source)
+    # Before the target's weights are digested.
+    refuse_foreign_folder(options.out)
     job = _Import(options)
     make_folder(options.out)
     with writing(options.out):
@@ -152,11 +154,10 @@ class _Import:
     def _check_out(self) -> None:
         """Refuse a folder that is not this import's own."""
         refuse_foreign_folder(self.out)
-        if (self.out / MANIFEST_NAME).exists():
-            stored = Manifest.read(self.out).identity
-            require_same_identity(
-                self.out, stored, {**{k: v for k, v in stored.items() if k == "samples"}, **self.identity}
-            )
+        stored = Manifest.find(self.out)
+        if stored is not None:
+            samples = {name: value for name, value in stored.identity.items() if name == "samples"}
+            require_same_identity(self.out, stored.identity, {**samples, **self.identity})
 
     def run(self) -> ImportReport:
         # Once more: another import may have come first.

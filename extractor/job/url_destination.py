@@ -51,9 +51,8 @@ class UrlDestination(Destination):
         with writing(self.folder, first=self.clear, make=True), lease as allowed:
             self.upload.require(allowed)
             yield
-        # Where nothing is left in them; the other is that of all workers.
+        # That of all workers, if this one was the last.
         with suppress(OSError):
-            self.folder.rmdir()
             self.folder.parent.rmdir()
 
     def clear(self) -> None:
